@@ -1,0 +1,2 @@
+from pymc_kron import rewriting
+from pymc_kron.distributions import KroneckerMvNormal

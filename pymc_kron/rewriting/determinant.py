@@ -1,0 +1,72 @@
+"""``log|det(A (x) B)| = n_B log|det A| + n_A log|det B|``: never the product itself."""
+
+from pytensor import tensor as pt
+from pytensor.graph.rewriting.basic import copy_stack_trace, node_rewriter
+from pytensor.scalar.basic import Abs, Log, Sign
+from pytensor.tensor.basic import atleast_Nd
+from pytensor.tensor.elemwise import Elemwise
+from pytensor.tensor.linalg.summary import Det
+from pytensor.tensor.rewriting.blockwise import blockwise_of
+from pytensor.tensor.rewriting.linalg.utils import clients_through_expand_dims
+
+from pymc_kron.linalg import factor_slogdet, kron_slogdet, triangular_slogdet
+from pymc_kron.rewriting.bundle import register_kron
+from pymc_kron.rewriting.facts import root_of
+from pymc_kron.structure import (
+    is_positive_definite,
+    is_provably_not_square,
+    is_triangular,
+    kron_factors,
+)
+
+
+@register_kron
+@node_rewriter([blockwise_of(Det)])
+def det_of_kron(fgraph, node):
+    """sign, log|.| and log of det(A (x) B), and det(A (x) B) itself -> from factor slogdets
+
+    PyTensor writes ``slogdet`` as ``sign(det)`` and ``log(abs(det))``; each of these clients
+    gets its own replacement, so that no determinant is formed unless it is asked for.
+    """
+    [K] = node.inputs
+    [det] = node.outputs
+    factors = kron_factors(K)
+    if factors is None:
+        return None
+    if any(map(is_provably_not_square, factors)):
+        # A square product of rectangular factors has not the full rank
+        zero = pt.zeros_like(K[..., 0, 0], dtype=det.type.dtype)
+        copy_stack_trace(det, zero)
+        return [zero]
+
+    sign, logabsdet = kron_slogdet(factors, [_slogdet(fgraph, factor) for factor in factors])
+    values = {det: sign * pt.exp(logabsdet)}
+    is_complex = K.type.numpy_dtype.kind == "c"
+    for client, _ in clients_through_expand_dims(fgraph, det):
+        match (client.op, *client.outputs):
+            case (Elemwise(scalar_op=Sign()), sign_of_det):
+                values[sign_of_det] = sign
+            # The logarithm of a complex determinant is a principal value, the sum isn't
+            case (Elemwise(scalar_op=Log()), log_of_det) if not is_complex:
+                values[log_of_det] = pt.where(pt.lt(sign, 0), pt.nan, logabsdet)
+            case (Elemwise(scalar_op=Abs()), abs_of_det):
+                for abs_client, _ in clients_through_expand_dims(fgraph, abs_of_det):
+                    match (abs_client.op, *abs_client.outputs):
+                        case (Elemwise(scalar_op=Log()), log_abs_of_det):
+                            values[log_abs_of_det] = logabsdet
+
+    replacements = {}
+    for old_out, value in values.items():
+        new_out = atleast_Nd(value, n=old_out.type.ndim).astype(old_out.type.dtype)
+        copy_stack_trace(old_out, new_out)
+        replacements[old_out] = new_out
+    return replacements
+
+
+def _slogdet(fgraph, factor):
+    if is_positive_definite(fgraph, factor):
+        logdet = root_of(fgraph, factor).logdet
+        return pt.ones_like(logdet), logdet
+    if is_triangular(fgraph, factor):
+        return triangular_slogdet(factor)
+    return factor_slogdet(factor)

@@ -1,0 +1,119 @@
+"""Reading a graph: which variable is a Kronecker product, and of which factors.
+
+Everything here only looks; nothing is built except transposes of factors.
+"""
+
+from pytensor.assumptions import (
+    LOWER_TRIANGULAR,
+    POSITIVE_DEFINITE,
+    UPPER_TRIANGULAR,
+    check_assumption,
+)
+from pytensor.assumptions.specify import SpecifyAssumptions
+from pytensor.graph.fg import FunctionGraph
+from pytensor.tensor.blockwise import Blockwise
+from pytensor.tensor.linalg.inverse import MatrixInverse
+from pytensor.tensor.linalg.products import KroneckerProduct
+from pytensor.tensor.math import Dot
+from pytensor.tensor.rewriting.linalg.utils import strip_left_expand_dims_and_transpose
+from pytensor.tensor.variable import TensorVariable
+
+Size = int | TensorVariable
+
+
+def kron_factors(var: TensorVariable) -> tuple[TensorVariable, ...] | None:
+    """Return the factors of a (nested, transposed, batched) Kronecker product, or None.
+
+    ``kron(A, kron(B, C).T)`` gives ``(A, B.T, C.T)``: the product is associative, and
+    ``(A (x) B).T = A.T (x) B.T``. A factor of a batched product keeps its own batch
+    dimensions without the dummy ones on the left, so that a factor that the whole batch
+    shares stays a matrix.
+
+    None also for ``kron`` of anything but matrices: with more than two dimensions
+    ``pt.linalg.kron`` multiplies the leading ones instead of batching over them.
+    """
+    core, transposed = strip_left_expand_dims_and_transpose(var)
+    match core.owner_op_and_inputs:
+        case (KroneckerProduct() as kron, a, b):
+            pass
+        case (Blockwise(core_op=KroneckerProduct() as kron), a, b):
+            pass
+        case _:
+            return None
+    if any(input_type.ndim != 2 for input_type in kron.input_types):
+        return None
+
+    factors: list[TensorVariable] = []
+    for operand in (a, b):
+        nested = kron_factors(operand)
+        if nested is None:
+            matrix, operand_transposed = strip_left_expand_dims_and_transpose(operand)
+            nested = (matrix.mT if operand_transposed else matrix,)
+        factors.extend(nested)
+    return tuple(factor.mT if transposed else factor for factor in factors)
+
+
+def row_sizes(factors: tuple[TensorVariable, ...]) -> tuple[Size, ...]:
+    """Return the number of rows of each factor, as an int where it is known."""
+    return tuple(_size(factor, -2) for factor in factors)
+
+
+def column_sizes(factors: tuple[TensorVariable, ...]) -> tuple[Size, ...]:
+    """Return the number of columns of each factor, as an int where it is known."""
+    return tuple(_size(factor, -1) for factor in factors)
+
+
+def _size(factor: TensorVariable, axis: int) -> Size:
+    known = factor.type.shape[axis]
+    return factor.shape[axis] if known is None else known
+
+
+def is_provably_not_square(factor: TensorVariable) -> bool:
+    """Whether the static shape of a factor shows that it isn't square."""
+    rows, columns = factor.type.shape[-2:]
+    return rows is not None and columns is not None and rows != columns
+
+
+def is_positive_definite(fgraph: FunctionGraph, factor: TensorVariable) -> bool:
+    """Whether PyTensor's assumptions prove the factor symmetric positive definite."""
+    return check_assumption(fgraph, factor, POSITIVE_DEFINITE)
+
+
+def is_triangular(fgraph: FunctionGraph, factor: TensorVariable) -> bool:
+    """Whether PyTensor's assumptions prove the factor lower or upper triangular."""
+    return check_assumption(fgraph, factor, LOWER_TRIANGULAR) or check_assumption(
+        fgraph, factor, UPPER_TRIANGULAR
+    )
+
+
+def without_assumptions(var: TensorVariable) -> TensorVariable:
+    """Return the variable that ``pt.assume`` was called on."""
+    while isinstance(var.owner_op, SpecifyAssumptions):
+        [var] = var.owner.inputs
+    return var
+
+
+def inverted_matrix(var: TensorVariable) -> TensorVariable | None:
+    """Return ``Q`` if ``var`` is ``inv(Q)``."""
+    match without_assumptions(var).owner_op_and_inputs:
+        case (Blockwise(core_op=MatrixInverse()), Q):
+            return Q
+    return None
+
+
+def gram_root(var: TensorVariable) -> TensorVariable | None:
+    """Return ``M`` if ``var`` is ``M @ M.mT``."""
+    match without_assumptions(var).owner_op_and_inputs:
+        case (Dot() | Blockwise(core_op=Dot()), left, right):
+            core, transposed = strip_left_expand_dims_and_transpose(right)
+            left_core, left_transposed = strip_left_expand_dims_and_transpose(left)
+            if core is left_core and transposed != left_transposed:
+                return left_core.mT if left_transposed else left_core
+    return None
+
+
+def is_lower_triangular(fgraph: FunctionGraph, var: TensorVariable) -> bool:
+    """Whether a matrix is known to be lower triangular: a fact, PyMC's tag, or a Cholesky factor."""
+    if getattr(var.tag, "lower_triangular", False):
+        return True
+    return check_assumption(fgraph, var, LOWER_TRIANGULAR)
