@@ -1,0 +1,114 @@
+"""``pm.MvNormal`` with a Kronecker product for a covariance is a `KroneckerMvNormal`.
+
+One identity in two places. In PyMC's intermediate representation of a model it gives the random
+variable the factorwise log-density; it runs before the representation is canonicalized, on the
+covariance as it was written. In a program that draws, it gives the factorwise draw.
+"""
+
+import pytensor
+from pymc.logprob.rewriting import logprob_rewrites_db
+from pytensor.compile.mode import optdb
+from pytensor.graph.basic import Apply, Variable
+from pytensor.graph.fg import FunctionGraph
+from pytensor.graph.rewriting.basic import dfs_rewriter, node_rewriter
+from pytensor.tensor.random.basic import MvNormalRV
+from pytensor.tensor.rewriting.linalg.utils import strip_left_expand_dims_and_transpose
+from pytensor.tensor.variable import TensorVariable
+
+from pymc_kron.distributions.kronecker_mvnormal import Form, KroneckerMvNormalRV
+from pymc_kron.linalg import Matrices
+from pymc_kron.rewriting.facts import positive_definite_factors
+from pymc_kron.structure import (
+    gram_root,
+    inverted_matrix,
+    is_lower_triangular,
+    is_provably_not_square,
+    kron_factors,
+)
+
+
+@node_rewriter([MvNormalRV])
+def mvnormal_of_kron_logp(fgraph, node):
+    """MvNormal(mu, cov=A (x) B) -> KroneckerMvNormal(mu, covs=[A, B]), likewise chol and tau
+
+    No mode reaches the rewrites of PyMC's intermediate representation:
+    ``pytensor.config.optimizer_excluding`` turns this one off.
+    """
+    if {"kron", "mvnormal_of_kron_logp"} & set(pytensor.config.optimizer_excluding.split(":")):
+        return None
+    return _as_kronecker_mvnormal(fgraph, node)
+
+
+@node_rewriter([MvNormalRV])
+def mvnormal_of_kron_draws(fgraph, node):
+    """MvNormal(mu, cov=A (x) B) -> mu + (chol(A) (x) chol(B)) z, likewise chol and tau
+
+    The other methods of drawing are for semidefinite covariances, and left as they are.
+    """
+    if node.op.method != "cholesky":
+        return None
+    return _as_kronecker_mvnormal(fgraph, node)
+
+
+def _as_kronecker_mvnormal(fgraph: FunctionGraph, node: Apply) -> list[Variable] | None:
+    rng, size, mu, cov = node.inputs
+    parametrization = _kronecker_parametrization(fgraph, cov)
+    if parametrization is None:
+        return None
+    factors, forms = parametrization
+    rv = KroneckerMvNormalRV.rv_op(mu, *factors, forms=forms, size=size, rng=rng)
+    return rv.owner.outputs
+
+
+def _kronecker_parametrization(
+    fgraph: FunctionGraph, cov: TensorVariable
+) -> tuple[Matrices, list[Form]] | None:
+    """Return factors and what they are, if the covariance of a ``pm.MvNormal`` is a product.
+
+    PyMC writes ``chol=L`` as ``cov=L @ L.T`` and ``tau=Q`` as ``cov=inv(Q)``; the factors of a
+    covariance may be written in these ways too.
+    """
+    cov, _ = strip_left_expand_dims_and_transpose(cov)
+    matrix, form = _matrix_and_form(fgraph, cov)
+    factors = kron_factors(matrix)
+    if (
+        factors is None
+        or any(map(is_provably_not_square, factors))
+        or any(factor.type.numpy_dtype.kind == "c" for factor in factors)
+    ):
+        return None
+    # A factor of a positive definite product is positive definite up to its sign, and so is
+    # the diagonal of a factor of a Cholesky factor
+    factors = positive_definite_factors(fgraph, factors)
+    if form == "chol":
+        return factors, [form] * len(factors)
+    described = [_matrix_and_form(fgraph, factor, form) for factor in factors]
+    return [matrix for matrix, _ in described], [form for _, form in described]
+
+
+def _matrix_and_form(
+    fgraph: FunctionGraph, matrix: TensorVariable, form: Form = "cov"
+) -> tuple[TensorVariable, Form]:
+    """Return what a covariance (or a precision) was computed from, and what that is."""
+    inverse = inverted_matrix(matrix)
+    if inverse is not None:
+        return inverse, "tau" if form == "cov" else "cov"
+    chol = gram_root(matrix)
+    if form == "cov" and chol is not None and is_lower_triangular(fgraph, chol):
+        return chol, "chol"
+    return matrix, form
+
+
+# Between the lowering of named dims and the canonicalization of the representation
+logprob_rewrites_db.register(
+    "mvnormal_of_kron_logp", dfs_rewriter(mvnormal_of_kron_logp), "basic", "kron", position=0.5
+)
+# Before the inner graphs of symbolic random variables are inlined
+optdb.register(
+    "mvnormal_of_kron_draws",
+    dfs_rewriter(mvnormal_of_kron_draws),
+    "fast_run",
+    "fast_compile",
+    "kron",
+    position=-0.02,
+)
