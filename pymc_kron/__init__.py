@@ -11,7 +11,8 @@ product. ``mode.excluding("kron")`` turns the former off for one function,
 ``pytensor.config.optimizer_excluding = "kron"`` both for a whole program.
 """
 
-from pymc_kron import logprob, rewriting
+from pymc_kron import logprob as logprob
+from pymc_kron import rewriting as rewriting
 from pymc_kron.datasets import load_elnino, load_irish_wind
 from pymc_kron.distributions import KroneckerMvNormal
 

@@ -28,7 +28,7 @@ looks at how its arguments were computed; `pymc_kron.structure` does that.
 """
 
 from collections.abc import Callable, Sequence
-from functools import reduce
+from functools import partial, reduce
 from math import prod
 
 from pytensor import tensor as pt
@@ -38,9 +38,8 @@ from pytensor.tensor.linalg.summary import SLogDet
 from pytensor.tensor.symbolic import TensorSymbolicOp
 from pytensor.tensor.variable import TensorVariable
 
-from pymc_kron.structure import Size, column_sizes, row_sizes
+from pymc_kron.structure import Matrices, Size, column_sizes, row_sizes
 
-Matrices = Sequence[TensorVariable]
 MatrixMap = Callable[[TensorVariable], TensorVariable]
 
 _batched_kron = pt.vectorize(pt.linalg.kron, "(i,j),(k,l)->(m,n)")
@@ -156,9 +155,7 @@ def apply_to_columns(
     The parameters are those of `apply_to_vectors`, with `x` of shape ``(..., N, m)``.
     """
     if x.type.shape[-1] == 1:
-        vectors = apply_to_vectors(
-            maps, in_sizes, out_sizes, x.squeeze(-1), batch_ndim=batch_ndim
-        )
+        vectors = apply_to_vectors(maps, in_sizes, out_sizes, x.squeeze(-1), batch_ndim=batch_ndim)
         return vectors[..., None]
     if batch_ndim == 0:
         return apply_to_vectors(maps, in_sizes, out_sizes, x.mT).mT
@@ -167,9 +164,7 @@ def apply_to_columns(
 
 
 def _known_or_symbolic(x: TensorVariable, axes: Sequence[int]) -> list[Size]:
-    return [
-        x.shape[axis] if x.type.shape[axis] is None else x.type.shape[axis] for axis in axes
-    ]
+    return [x.shape[axis] if x.type.shape[axis] is None else x.type.shape[axis] for axis in axes]
 
 
 def factors_batch_ndim(factors: Matrices) -> int:
@@ -218,7 +213,7 @@ def kron_solve(
     apply = apply_to_vectors if b_ndim == 1 else apply_to_columns
     sizes = column_sizes(factors)
     return apply(
-        [lambda B, factor=factor: solve(factor, B) for factor in factors],
+        [partial(solve, factor) for factor in factors],
         sizes,
         sizes,
         b,

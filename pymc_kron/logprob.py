@@ -16,9 +16,9 @@ from pytensor.tensor.rewriting.linalg.utils import strip_left_expand_dims_and_tr
 from pytensor.tensor.variable import TensorVariable
 
 from pymc_kron.distributions.kronecker_mvnormal import Form, KroneckerMvNormalRV
-from pymc_kron.linalg import Matrices
 from pymc_kron.rewriting.facts import positive_definite_factors
 from pymc_kron.structure import (
+    Matrices,
     gram_root,
     inverted_matrix,
     is_lower_triangular,
@@ -79,10 +79,10 @@ def _kronecker_parametrization(
         return None
     # A factor of a positive definite product is positive definite up to its sign, and so is
     # the diagonal of a factor of a Cholesky factor
-    factors = positive_definite_factors(fgraph, factors)
+    aligned = positive_definite_factors(fgraph, factors)
     if form == "chol":
-        return factors, [form] * len(factors)
-    described = [_matrix_and_form(fgraph, factor, form) for factor in factors]
+        return aligned, [form] * len(aligned)
+    described = [_matrix_and_form(fgraph, factor, form) for factor in aligned]
     return [matrix for matrix, _ in described], [form for _, form in described]
 
 

@@ -3,6 +3,8 @@
 Everything here only looks; nothing is built except transposes of factors.
 """
 
+from collections.abc import Sequence
+
 from pytensor.assumptions import (
     LOWER_TRIANGULAR,
     POSITIVE_DEFINITE,
@@ -18,6 +20,7 @@ from pytensor.tensor.math import Dot
 from pytensor.tensor.rewriting.linalg.utils import strip_left_expand_dims_and_transpose
 from pytensor.tensor.variable import TensorVariable
 
+Matrices = Sequence[TensorVariable]
 Size = int | TensorVariable
 
 
@@ -53,12 +56,12 @@ def kron_factors(var: TensorVariable) -> tuple[TensorVariable, ...] | None:
     return tuple(factor.mT if transposed else factor for factor in factors)
 
 
-def row_sizes(factors: tuple[TensorVariable, ...]) -> tuple[Size, ...]:
+def row_sizes(factors: Matrices) -> tuple[Size, ...]:
     """Return the number of rows of each factor, as an int where it is known."""
     return tuple(_size(factor, -2) for factor in factors)
 
 
-def column_sizes(factors: tuple[TensorVariable, ...]) -> tuple[Size, ...]:
+def column_sizes(factors: Matrices) -> tuple[Size, ...]:
     """Return the number of columns of each factor, as an int where it is known."""
     return tuple(_size(factor, -1) for factor in factors)
 
@@ -113,7 +116,7 @@ def gram_root(var: TensorVariable) -> TensorVariable | None:
 
 
 def is_lower_triangular(fgraph: FunctionGraph, var: TensorVariable) -> bool:
-    """Whether a matrix is known to be lower triangular: a fact, PyMC's tag, or a Cholesky factor."""
+    """Whether a matrix is known to be lower triangular, by PyTensor or by PyMC's tag."""
     if getattr(var.tag, "lower_triangular", False):
         return True
     return check_assumption(fgraph, var, LOWER_TRIANGULAR)

@@ -14,16 +14,20 @@ from pymc.logprob.abstract import _logprob
 from pymc.pytensorf import normalize_rng_param
 from pytensor import tensor as pt
 from pytensor.assumptions.specify import assume
+from pytensor.compile.mode import Mode
+from pytensor.compile.sharedvalue import SharedVariable
+from pytensor.graph.basic import Constant, Variable
 from pytensor.graph.fg import FunctionGraph
 from pytensor.graph.replace import clone_replace
+from pytensor.graph.traversal import graph_inputs
 from pytensor.tensor import TensorLike
 from pytensor.tensor.random.utils import normalize_size_param
-from pytensor.tensor.variable import TensorConstant, TensorVariable
+from pytensor.tensor.variable import TensorVariable
 
 from pymc_kron.linalg import apply_to_vectors, factors_batch_ndim, kron
 from pymc_kron.rewriting import bundle_rewriter
 from pymc_kron.roots import Root
-from pymc_kron.structure import column_sizes, is_provably_not_square
+from pymc_kron.structure import Size, column_sizes, is_provably_not_square
 
 Form = Literal["cov", "chol", "tau"]
 """What a factor is: a covariance, its lower Cholesky factor, or its inverse."""
@@ -100,7 +104,8 @@ class KroneckerMvNormalRV(SymbolicRandomVariable):
 
     @classmethod
     def rv_op(cls, mu, *factors, forms: Sequence[Form], size=None, rng=None):
-        mu, *factors = (pt.as_tensor_variable(param) for param in (mu, *factors))
+        mu = pt.as_tensor_variable(mu)
+        factors = tuple(map(pt.as_tensor_variable, factors))
         rng = normalize_rng_param(rng)
         size = normalize_size_param(size)
 
@@ -112,7 +117,7 @@ class KroneckerMvNormalRV(SymbolicRandomVariable):
         next_rng, z = pt.random.normal(
             size=(*batch_shape, math.prod(sizes)), rng=rng, return_next_rng=True
         )
-        colors = [covariance_root(*described).color for described in zip(factors, forms, strict=True)]
+        colors = [root.color for root in map(covariance_root, factors, forms)]
         batch_ndim = factors_batch_ndim(factors)
         draws = mu + apply_to_vectors(colors, sizes, sizes, z, batch_ndim=batch_ndim)
 
@@ -278,7 +283,8 @@ class KroneckerMvNormal(Continuous):
 def _read_factors(covs, chols, taus) -> tuple[list[TensorVariable], list[Form]]:
     """Return the factors and what each of them is, after checking that this is clear."""
     lists: dict[Form, Sequence] = {}
-    for form, matrices in (("cov", covs), ("chol", chols), ("tau", taus)):
+    given: dict[Form, Any] = {"cov": covs, "chol": chols, "tau": taus}
+    for form, matrices in given.items():
         if matrices is None:
             continue
         if not isinstance(matrices, list | tuple):
@@ -306,14 +312,12 @@ def _read_factors(covs, chols, taus) -> tuple[list[TensorVariable], list[Form]]:
     forms: list[Form] = []
     for i, matrices in enumerate(zip(*lists.values(), strict=True)):
         described: dict[Form, Any] = {
-            form: matrix
-            for form, matrix in zip(lists, matrices, strict=True)
-            if matrix is not None
+            form: matrix for form, matrix in zip(lists, matrices, strict=True) if matrix is not None
         }
         if len(described) != 1:
-            given = " and ".join(f"{form}s[{i}]" for form in described)
+            entries = " and ".join(f"{form}s[{i}]" for form in described)
             raise ValueError(
-                f"Factor {i} needs exactly one of covs, chols and taus, got {given or 'none'}. "
+                f"Factor {i} needs exactly one of covs, chols and taus, got {entries or 'none'}. "
                 "Put None in the lists that don't describe it."
             )
         [(form, matrix)] = described.items()
@@ -336,36 +340,41 @@ def _read_factor(name: str, matrix: TensorLike) -> TensorVariable:
     return factor
 
 
-def _read_mu(mu: TensorLike, sizes) -> TensorVariable:
-    mu = pt.as_tensor_variable(mu)
-    N = math.prod(sizes)
-    length = mu.type.shape[-1] if mu.type.ndim else 1
-    if length == N and isinstance(N, int):
-        return mu
-    if isinstance(N, int) and length not in (1, None):
+def _read_mu(mu: TensorLike, sizes: Sequence[Size]) -> TensorVariable:
+    mu = pt.atleast_1d(pt.as_tensor_variable(mu))
+    N, length = math.prod(sizes), mu.type.shape[-1]
+    if isinstance(N, int) and length not in (None, 1, N):
         raise ValueError(
             f"The last dimension of mu must be 1 or N = {_show_product(sizes)}, the number of "
             f"cells of the grid, got mu of shape {_show(mu.type.shape)}."
         )
-    return pt.broadcast_to(mu, (*tuple(mu.shape)[:-1], N))
+    return mu
 
 
-def _check_shape(shape, sizes) -> None:
+def _check_shape(shape, sizes: Sequence[Size]) -> None:
     """Check the last entry of ``shape``, which may come from observed data or dims."""
     N = math.prod(sizes)
-    if not isinstance(shape, list | tuple) or not isinstance(N, int):
-        shape = [shape]
-    if not shape:
-        raise ValueError(
-            f"The shape of KroneckerMvNormal must end in N = {_show_product(sizes)}, got ()."
-        )
-    last = shape[-1].data.item() if isinstance(shape[-1], TensorConstant) else shape[-1]
-    if isinstance(last, int) and isinstance(N, int) and last != N:
+    if shape is None or not isinstance(N, int):
+        return
+    shape = shape if isinstance(shape, list | tuple) else (shape,)
+    length = _current_length(shape[-1]) if shape else "()"
+    if length not in (None, N):
         raise ValueError(
             f"The last dimension of shape, dims or observed must be N = {_show_product(sizes)}, "
-            f"the number of cells of the grid, got {last}. A grid of observations goes in as "
-            "observed=grid.ravel(), with the first factor's axis first."
+            f"the number of cells of the grid, got {length}. A grid of "
+            "observations goes in as observed=grid.ravel(), with the first factor's axis first."
         )
+
+
+def _current_length(length) -> int | None:
+    """Return a length that is known or that data and coords have now."""
+    if not isinstance(length, Variable):
+        return int(length)
+    if length.type.ndim or not all(
+        isinstance(inp, Constant | SharedVariable) for inp in graph_inputs([length])
+    ):
+        return None
+    return int(length.eval(mode=Mode(linker="py", optimizer=None)))
 
 
 def _show(shape: Sequence[int | None]) -> str:
@@ -373,6 +382,6 @@ def _show(shape: Sequence[int | None]) -> str:
     return f"({', '.join(sizes)}{',' if len(sizes) == 1 else ''})"
 
 
-def _show_product(sizes: Sequence[int]) -> str:
+def _show_product(sizes: Sequence[Size]) -> str:
     product = " * ".join(map(str, sizes))
     return product if len(sizes) == 1 else f"{product} = {math.prod(sizes)}"

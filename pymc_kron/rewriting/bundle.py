@@ -42,6 +42,4 @@ def bundle_rewriter() -> GraphRewriter:
 
 
 def _walk(db: LocalGroupDB) -> TopoDB:
-    return TopoDB(
-        db, order="out_to_in", failure_callback=NodeProcessingGraphRewriter.warn_inplace
-    )
+    return TopoDB(db, order="out_to_in", failure_callback=NodeProcessingGraphRewriter.warn_inplace)

@@ -4,9 +4,10 @@ from pytensor import tensor as pt
 from pytensor.graph.fg import FunctionGraph
 from pytensor.tensor.variable import TensorVariable
 
-from pymc_kron.linalg import Matrices, with_aligned_signs
+from pymc_kron.linalg import with_aligned_signs
 from pymc_kron.roots import Root
 from pymc_kron.structure import (
+    Matrices,
     gram_root,
     inverted_matrix,
     is_lower_triangular,
@@ -20,15 +21,11 @@ def positive_definite_factors(fgraph: FunctionGraph, factors: Matrices) -> Matri
     A factor that is proved positive definite is left as it is. With one other factor, that
     one is positive definite too.
     """
-    unproved = [
-        i for i, factor in enumerate(factors) if not is_positive_definite(fgraph, factor)
-    ]
+    unproved = [i for i, factor in enumerate(factors) if not is_positive_definite(fgraph, factor)]
     if len(unproved) <= 1:
         return factors
     aligned = list(factors)
-    for i, factor in zip(
-        unproved, with_aligned_signs([factors[i] for i in unproved]), strict=True
-    ):
+    for i, factor in zip(unproved, with_aligned_signs([factors[i] for i in unproved]), strict=True):
         aligned[i] = factor
     return aligned
 

@@ -3,6 +3,7 @@
 from pytensor.graph.rewriting.basic import copy_stack_trace, node_rewriter
 from pytensor.graph.rewriting.unify import OpPattern
 from pytensor.scalar.basic import Mul
+from pytensor.tensor.basic import atleast_Nd
 from pytensor.tensor.elemwise import DimShuffle, Elemwise
 from pytensor.tensor.linalg.solvers.general import Solve
 from pytensor.tensor.math import Dot, Sum
@@ -32,10 +33,10 @@ def whitened_norm_of_kron_solve(fgraph, node):
         or b.type.numpy_dtype.kind == "c"
     ):
         return None
-    form = _quadratic_form_with(fgraph, node)
+    form = _quadratic_form_in(fgraph, node)
     if form is None:
         return None
-    old_out, sum_op = form
+    old_out, axis = form
 
     sizes = column_sizes(factors)
     roots = [root_of(fgraph, factor) for factor in positive_definite_factors(fgraph, factors)]
@@ -46,48 +47,53 @@ def whitened_norm_of_kron_solve(fgraph, node):
         b,
         batch_ndim=factors_batch_ndim(factors),
     )
-    new_out = sum_op(whitened**2)
-    # The inner product of a row and a column has both of their dummy axes
-    new_out = new_out.reshape((1,) * old_out.type.ndim) if sum_op.axis is None else new_out
+    new_out = atleast_Nd((whitened**2).sum(axis=axis), n=old_out.type.ndim)
     new_out = new_out.astype(old_out.type.dtype)
     copy_stack_trace(old_out, new_out)
     return {old_out: new_out}
 
 
-def _quadratic_form_with(fgraph, node):
-    """Return the quadratic form that the solution is used in and the sum in it, or None."""
-    _, b = node.inputs
-    [x] = node.outputs
+def _quadratic_form_in(fgraph, solve_node):
+    """Return the quadratic form of the solution with its right-hand side, and the axes summed."""
+    _, b = solve_node.inputs
+    [x] = solve_node.outputs
     client = _only_client(fgraph, x)
     match getattr(client, "op", None):
         case Elemwise(scalar_op=Mul()) if len(client.inputs) == 2:
-            [other] = [inp for inp in client.inputs if inp is not x] or [x]
-            sum_client = _only_client(fgraph, client.out)
+            # (b * x).sum(-1)
+            sum_node = _only_client(fgraph, client.out)
             if (
-                sum_client is not None
-                and isinstance(sum_client.op, Sum)
-                and _same_up_to_left_dims(other, b)
-                and x.type.ndim == client.out.type.ndim
-                and (sum_client.op.axis is None or x.type.ndim - 1 in sum_client.op.axis)
+                sum_node is not None
+                and isinstance(sum_node.op, Sum)
+                and client.out.type.ndim == x.type.ndim
+                and _same_up_to_left_dims(_other_input(client, x), b)
             ):
-                axis = sum_client.op.axis
-                return sum_client.out, Sum(axis=tuple(range(x.type.ndim)) if axis is None else axis)
-        case DimShuffle(is_expand_dims=True) if x.type.ndim == 1 and client.out.type.ndim == 2:
-            dot_client = _only_client(fgraph, client.out)
-            if dot_client is None or not isinstance(dot_client.op, Dot):
-                return None
-            [other] = [inp for inp in dot_client.inputs if inp is not client.out] or [x]
-            match other.owner_op_and_inputs:
-                case (DimShuffle(is_expand_dims=True), other_core) if (
-                    other_core is b and dot_client.out.type.broadcastable == (True, True)
-                ):
-                    return dot_client.out, Sum(axis=None)
+                axes = tuple(range(x.type.ndim)) if sum_node.op.axis is None else sum_node.op.axis
+                if x.type.ndim - 1 in axes:
+                    return sum_node.out, axes
+        case DimShuffle(is_expand_dims=True) if x.type.ndim == 1:
+            # b[None, :] @ x[:, None], which is what b @ x becomes
+            column_or_row = client.out
+            dot_node = _only_client(fgraph, column_or_row)
+            if (
+                dot_node is not None
+                and isinstance(dot_node.op, Dot)
+                and dot_node.out.type.broadcastable == (True, True)
+            ):
+                match _other_input(dot_node, column_or_row).owner_op_and_inputs:
+                    case (DimShuffle(is_expand_dims=True), other) if other is b:
+                        return dot_node.out, (0,)
     return None
+
+
+def _other_input(node, var):
+    left, right = node.inputs
+    return left if right is var else right
 
 
 def _only_client(fgraph, var):
     match fgraph.clients[var]:
-        case [(client, _)] if client in fgraph.apply_nodes:
+        case [(client, _)]:
             return client
     return None
 
