@@ -40,7 +40,7 @@ from pytensor.tensor.variable import TensorVariable
 
 from pymc_kron.structure import Matrices, Size, column_sizes, row_sizes
 
-MatrixMap = Callable[[TensorVariable], TensorVariable]
+type MatrixMap = Callable[[TensorVariable], TensorVariable]
 
 _batched_kron = pt.vectorize(pt.linalg.kron, "(i,j),(k,l)->(m,n)")
 

@@ -20,8 +20,8 @@ from pytensor.tensor.math import Dot
 from pytensor.tensor.rewriting.linalg.utils import strip_left_expand_dims_and_transpose
 from pytensor.tensor.variable import TensorVariable
 
-Matrices = Sequence[TensorVariable]
-Size = int | TensorVariable
+type Matrices = Sequence[TensorVariable]
+type Size = int | TensorVariable
 
 
 def kron_factors(var: TensorVariable) -> tuple[TensorVariable, ...] | None:

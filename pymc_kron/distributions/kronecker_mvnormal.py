@@ -29,7 +29,7 @@ from pymc_kron.rewriting import bundle_rewriter
 from pymc_kron.roots import Root
 from pymc_kron.structure import Size, column_sizes, is_provably_not_square
 
-Form = Literal["cov", "chol", "tau"]
+type Form = Literal["cov", "chol", "tau"]
 """What a factor is: a covariance, its lower Cholesky factor, or its inverse."""
 
 

@@ -77,7 +77,7 @@ def _quadratic_form_in(fgraph, solve_node):
             dot_node = _only_client(fgraph, column_or_row)
             if (
                 dot_node is not None
-                and isinstance(dot_node.op, Dot)
+                and isinstance(getattr(dot_node.op, "core_op", dot_node.op), Dot)
                 and dot_node.out.type.broadcastable == (True, True)
             ):
                 match _other_input(dot_node, column_or_row).owner_op_and_inputs:

@@ -1,0 +1,145 @@
+"""Cases, dense references and graph checks that the tests share."""
+
+from functools import reduce
+
+import numpy as np
+import pymc as pm
+import pytensor
+import pytensor.tensor as pt
+from pytensor.compile.mode import Mode, get_mode
+from pytensor.graph.op import HasInnerGraph
+from pytensor.link.basic import PerformLinker, WrapLinker
+from pytensor.tensor.blockwise import Blockwise
+from pytensor.tensor.linalg.products import KroneckerProduct
+
+PY = Mode(linker="py", optimizer="fast_run")
+WITHOUT_KRON = PY.excluding("kron")
+
+# Products of float64 arrays that both sides round in a different order
+RTOL = {"float64": 1e-10, "float32": 2e-4}
+
+
+def random_matrix(rng, *shape, dtype="float64"):
+    """Return a well-conditioned matrix, square or not."""
+    matrix = rng.normal(size=shape)
+    if shape[-1] == shape[-2]:
+        matrix = matrix + 2 * shape[-1] ** 0.5 * np.eye(shape[-1])
+    return matrix.astype(dtype)
+
+
+def random_spd(rng, n, *, batch=(), dtype="float64"):
+    """Return a well-conditioned symmetric positive definite matrix, or a batch of them."""
+    root = rng.normal(size=(*batch, n, n)) / n**0.5
+    return (root @ np.swapaxes(root, -1, -2) + np.eye(n)).astype(dtype)
+
+
+def dense_kron(*factors):
+    """Return the Kronecker product, batched over leading dimensions, unlike ``np.kron``."""
+
+    def kron(a, b):
+        product = a[..., :, None, :, None] * b[..., None, :, None, :]
+        rows, columns = a.shape[-2] * b.shape[-2], a.shape[-1] * b.shape[-1]
+        return product.reshape((*product.shape[:-4], rows, columns))
+
+    return reduce(kron, factors)
+
+
+def symbolic_dense_kron(a, b):
+    """Return the product of two matrices in a way that no rewrite recognises."""
+    a, b = pt.as_tensor(a), pt.as_tensor(b)
+    rows, columns = a.shape[0] * b.shape[0], a.shape[1] * b.shape[1]
+    return (a[:, None, :, None] * b[None, :, None, :]).reshape((rows, columns))
+
+
+def symbolic_matrices(arrays):
+    """Return variables of the dtypes and ranks of arrays, without static shapes."""
+    return [
+        pt.tensor(f"A{i}", dtype=array.dtype, shape=(None,) * array.ndim)
+        for i, array in enumerate(arrays)
+    ]
+
+
+def all_nodes(fgraph):
+    for node in fgraph.apply_nodes:
+        yield node
+        if isinstance(node.op, HasInnerGraph):
+            yield from all_nodes(node.op.fgraph)
+
+
+def count_ops(fgraph, op_type):
+    """Count the nodes of an Op, bare or in a Blockwise, inner graphs included."""
+    return sum(
+        isinstance(node.op.core_op if isinstance(node.op, Blockwise) else node.op, op_type)
+        for node in all_nodes(fgraph)
+    )
+
+
+def has_kron(fgraph):
+    return count_ops(fgraph, KroneckerProduct) > 0
+
+
+def largest_static_size(fgraph):
+    """Return the number of entries of the largest array whose static shape is known."""
+    return max(
+        np.prod(out.type.shape, dtype=int)
+        for node in all_nodes(fgraph)
+        for out in node.outputs
+        if None not in getattr(out.type, "shape", (None,))
+    )
+
+
+def largest_computed_size(inputs, outputs, values, *, mode="NUMBA"):
+    """Return the number of entries of the largest array that a program computes.
+
+    The graph is the one that `mode` compiles; it runs node by node in Python, so that arrays of
+    unknown static shape are measured too.
+    """
+    largest = 0
+
+    def measure(fgraph, i, node, thunk):
+        nonlocal largest
+        assert not has_kron_inside(node)
+        thunk()
+        for (value,) in thunk.outputs:
+            largest = max(largest, np.size(value))
+
+    optimizer = get_mode(mode).excluding("fusion", "inplace").provided_optimizer
+    mode = Mode(linker=WrapLinker([PerformLinker()], measure), optimizer=optimizer)
+    pm.compile(inputs, outputs, mode=mode, on_unused_input="ignore", random_seed=1)(*values)
+    return largest
+
+
+def has_kron_inside(node):
+    op = node.op.core_op if isinstance(node.op, Blockwise) else node.op
+    if isinstance(op, KroneckerProduct):
+        return True
+    return isinstance(op, HasInnerGraph) and has_kron(op.fgraph)
+
+
+def largest_jax_size(function, *arguments):
+    """Return the number of entries of the largest array in a traced JAX program."""
+    import jax
+    from jax.extend.core import jaxprs_in_params
+
+    def sizes(jaxpr):
+        for equation in jaxpr.eqns:
+            for variable in equation.outvars:
+                yield int(np.prod(variable.aval.shape))
+            for inner in jaxprs_in_params(equation.params):
+                yield from sizes(inner)
+
+    return max(sizes(jax.make_jaxpr(function)(*arguments).jaxpr))
+
+
+def compile_py(inputs, outputs, mode=PY):
+    return pytensor.function(inputs, outputs, mode=mode, on_unused_input="ignore")
+
+
+def finite_differences(function, x, eps=1e-6):
+    """Return the gradient of a scalar function of an array, by central differences."""
+    gradient = np.empty_like(x)
+    for index in np.ndindex(x.shape):
+        step = np.zeros_like(x)
+        step[index] = eps * max(1.0, abs(x[index]))
+        gradient[index] = (function(x + step) - function(x - step)) / (2 * step[index])
+    return gradient
