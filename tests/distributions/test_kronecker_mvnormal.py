@@ -1,5 +1,6 @@
 import pickle
 import re
+from types import MappingProxyType
 
 import cloudpickle
 import numpy as np
@@ -107,7 +108,9 @@ def test_dense_and_rewritten_logp_agree(sizes, forms_name):
     rng = np.random.default_rng(1)
     x, m = rng.normal(size=(2, len(K)))
     expected = scipy.stats.multivariate_normal(m, K).logpdf(x)
-    without_bundle = compile_py(inputs, dense, mode=PY.excluding("kron"))(x, m, *arrays)
+    # PyTensor's Python linker computes the reciprocal that det_of_inv leaves in single precision
+    dense_mode = PY.excluding("kron", "det_of_inv")
+    without_bundle = compile_py(inputs, dense, mode=dense_mode)(x, m, *arrays)
     assert_allclose(without_bundle, expected, rtol=1e-10)
     assert_allclose(compile_py(inputs, rewritten)(x, m, *arrays), expected, rtol=1e-10)
 
@@ -140,11 +143,7 @@ def test_logp_and_gradient_against_dense(sizes, forms_name, dtype):
         direction = rng.normal(size=array.shape)
         direction = np.tril(direction) if form == "chol" else direction + direction.T
         covs = [_covariance(form, array) for form, array in zip(forms, arrays, strict=True)]
-        covs[i] = {
-            "cov": lambda d: d,
-            "chol": lambda d: d @ array.T + array @ d.T,
-            "tau": lambda d: -np.linalg.inv(array) @ d @ np.linalg.inv(array),
-        }[form](direction)
+        covs[i] = _d_covariance(form, array, direction)
         expected = (dense_d_K * dense_kron(*covs)).sum()
         assert_allclose((d_factor * direction).sum(), expected, rtol=10 * rtol, atol=rtol)
 
@@ -157,6 +156,16 @@ def _covariance(form, array):
             return array @ array.T
         case "tau":
             return np.linalg.inv(array)
+
+
+def _d_covariance(form, array, direction):
+    match form:
+        case "cov":
+            return direction
+        case "chol":
+            return direction @ array.T + array @ direction.T
+        case "tau":
+            return -np.linalg.inv(array) @ direction @ np.linalg.inv(array)
 
 
 @pytest.mark.parametrize("forms_name", FORMS)
@@ -232,11 +241,10 @@ def test_logp_by_the_helper_of_pymc():
     rng = np.random.default_rng(2)
 
     def matrices(n):
-        spd = [random_spd(rng, n) for _ in range(3)]
-        return Domain([None, *spd, None], edges=(None, None))
+        return Domain([random_spd(rng, n) for _ in range(3)], edges=(None, None))
 
     def vectors(n):
-        return Domain([None, *rng.normal(size=(3, n)), None], edges=(None, None))
+        return Domain(rng.normal(size=(3, n)), edges=(None, None))
 
     check_logp(
         TwoFactors,
@@ -245,8 +253,6 @@ def test_logp_by_the_helper_of_pymc():
         lambda value, mu, cov_space, cov_time: scipy.stats.multivariate_normal(
             mu, np.kron(cov_space, cov_time)
         ).logpdf(value),
-        extra_args={"mode": PY} if False else None,
-        skip_paramdomain_outside_edge_test=True,
     )
 
 
@@ -254,14 +260,13 @@ class TestRandom(BaseTestDistributionRandom):
     """Sizes and shapes, by the helper of PyMC."""
 
     pymc_dist = KroneckerMvNormal
-    pymc_dist_params = {
-        "mu": np.arange(6.0),
-        "covs": [np.eye(2) + 0.5, np.eye(3) + 0.2],
-    }
-    expected_rv_op_params = {}
-    sizes_to_check = [None, 1, (1,), 4, (3, 2)]
-    sizes_expected = [(6,), (1, 6), (1, 6), (4, 6), (3, 2, 6)]
-    checks_to_run = ["check_rv_size"]
+    pymc_dist_params = MappingProxyType(
+        {"mu": np.arange(6.0), "covs": [np.eye(2) + 0.5, np.eye(3) + 0.2]}
+    )
+    expected_rv_op_params = MappingProxyType({})
+    sizes_to_check = (None, 1, (1,), 4, (3, 2))
+    sizes_expected = ((6,), (1, 6), (1, 6), (4, 6), (3, 2, 6))
+    checks_to_run = ("check_rv_size",)
 
 
 @pytest.mark.parametrize("forms_name", FORMS)
@@ -269,9 +274,9 @@ class TestRandom(BaseTestDistributionRandom):
 def test_mean_and_covariance_of_draws(sizes, forms_name):
     forms, arrays, K = case(sizes, forms_name)
     mu = np.arange(6.0)
-    rv = KroneckerMvNormal.dist(mu, **covs_chols_taus(forms, arrays))
     n = 40_000
-    draws = pm.draw(rv, n, random_seed=3, mode=PY)
+    rv = KroneckerMvNormal.dist(mu, **covs_chols_taus(forms, arrays), size=n)
+    draws = pm.draw(rv, random_seed=3, mode=PY)
     assert draws.shape == (n, 6)
     # Standard errors of a mean and of a covariance of Gaussians
     assert_allclose(draws.mean(axis=0), mu, atol=4.5 * np.sqrt(K.diagonal().max() / n))
@@ -294,7 +299,7 @@ def test_batched_draws(size):
 
 
 def test_upper_cholesky_factors():
-    forms, chols, K = case((2, 3), "chols")
+    _, chols, K = case((2, 3), "chols")
     x = np.arange(6.0)
     upper = KroneckerMvNormal.dist(chols=[chol.T for chol in chols], lower=False)
     expected = scipy.stats.multivariate_normal(np.zeros(6), K).logpdf(x)
@@ -467,13 +472,13 @@ def test_dims_initval_and_transform():
             0,
             [np.eye(3), np.eye(2)],
             dims=("replicate", "cell"),
-            initval=np.ones((2, 6)),
-            transform=pm.distributions.transforms.Interval(-10, 10),
+            initval=np.tile(np.arange(6.0), (2, 1)),
+            transform=pm.distributions.transforms.ordered,
         )
     assert model.named_vars_to_dims["x"] == ("replicate", "cell")
     [initial] = model.initial_point().values()
     backward = model.rvs_to_transforms[model["x"]].backward(initial, *model["x"].owner.inputs)
-    assert_allclose(backward.eval(mode=PY), np.ones((2, 6)), rtol=1e-10)
+    assert_allclose(backward.eval(mode=PY), np.tile(np.arange(6.0), (2, 1)), atol=1e-10)
     assert np.isfinite(model.compile_logp(mode=PY)(model.initial_point()))
 
 
@@ -487,7 +492,7 @@ def test_missing_observations_become_parameters():
     logp = model.compile_fn(model.logp(sum=False), mode=PY)(point)
     K = np.kron(np.eye(3) + 0.3, np.eye(2) + 0.2)
     expected = scipy.stats.multivariate_normal(np.full(6, 0.5), K).logpdf(x)
-    assert_allclose(np.sum(logp[1:]), expected, rtol=1e-10)
+    assert_allclose(sum(map(np.sum, logp[1:])), expected, rtol=1e-10)
 
 
 def grid_model(n, *, static):
@@ -525,7 +530,7 @@ def test_no_array_with_n_x_n_entries_on_numba(what, static):
 
 def test_no_array_with_n_x_n_entries_on_jax():
     import jax
-    from pymc.sampling.jax import get_jaxified_graph, get_jaxified_logp
+    from pymc.sampling.jax import get_jaxified_logp
 
     n = 20
     model = grid_model(n, static=True)
@@ -540,23 +545,9 @@ def test_no_array_with_n_x_n_entries_on_jax():
         rtol=1e-10,
         atol=1e-12,
     )
-    [root] = (
-        get_jaxified_graph(
-            outputs=[KroneckerMvNormal.dist(0, [np.eye(n), np.eye(n)]).owner.op.fgraph.outputs[1]]
-        )
-        if False
-        else [None]
-    )
-    assert root is None
 
 
-def test_draws_on_jax_hold_no_array_with_n_x_n_entries():
-    import jax
-
+def test_no_array_with_n_x_n_entries_in_draws_on_jax():
     n = 20
-    rv = KroneckerMvNormal.dist(0, [np.eye(n) + 0.5, np.eye(n) + 0.2], size=2)
-    function = pm.compile([], rv, mode="JAX", random_seed=1)
-    jitted = function.vm.jit_fn if hasattr(function.vm, "jit_fn") else None
-    assert function().shape == (2, n * n)
-    if jitted is not None:
-        assert jax is not None
+    model = grid_model(n, static=True)
+    assert largest_computed_size([], [model["x"], model["y"]], [], mode="JAX") == n**2
