@@ -6,9 +6,10 @@ Importing this package registers rewrites with PyTensor and PyMC, under the tag 
 - `pymc_kron.logprob` makes a `pymc.MvNormal` whose covariance is a Kronecker product a
   `KroneckerMvNormal`.
 
-Both are valid for every graph they match, and change nothing where there is no Kronecker
-product. ``mode.excluding("kron")`` turns the former off for one function,
-``pytensor.config.optimizer_excluding = "kron"`` both for a whole program.
+Both change nothing where there is no Kronecker product. ``mode.excluding("kron")`` turns them
+off for one compiled function, and ``PYTENSOR_FLAGS=optimizer_excluding=kron`` for a whole
+program, where PyMC rewrites a model without a mode too. A rewrite can be turned off by its name
+in the same two ways.
 """
 
 from pymc_kron import logprob as logprob

@@ -5,7 +5,6 @@ variable the factorwise log-density; it runs before the representation is canoni
 covariance as it was written. In a program that draws, it gives the factorwise draw.
 """
 
-import pytensor
 from pymc.logprob.rewriting import logprob_rewrites_db
 from pytensor.compile.mode import optdb
 from pytensor.graph.basic import Apply, Variable
@@ -16,6 +15,7 @@ from pytensor.tensor.rewriting.linalg.utils import strip_left_expand_dims_and_tr
 from pytensor.tensor.variable import TensorVariable
 
 from pymc_kron.distributions.kronecker_mvnormal import Form, KroneckerMvNormalRV
+from pymc_kron.rewriting.bundle import tags_of
 from pymc_kron.rewriting.facts import positive_definite_factors
 from pymc_kron.structure import (
     Matrices,
@@ -29,13 +29,7 @@ from pymc_kron.structure import (
 
 @node_rewriter([MvNormalRV])
 def mvnormal_of_kron_logp(fgraph, node):
-    """MvNormal(mu, cov=A (x) B) -> KroneckerMvNormal(mu, covs=[A, B]), likewise chol and tau
-
-    No mode reaches the rewrites of PyMC's intermediate representation:
-    ``pytensor.config.optimizer_excluding`` turns this one off.
-    """
-    if {"kron", "mvnormal_of_kron_logp"} & set(pytensor.config.optimizer_excluding.split(":")):
-        return None
+    """MvNormal(mu, cov=A (x) B) -> KroneckerMvNormal(mu, covs=[A, B]), likewise chol and tau"""
     return _as_kronecker_mvnormal(fgraph, node)
 
 
@@ -101,14 +95,15 @@ def _matrix_and_form(
 
 # Between the lowering of named dims and the canonicalization of the representation
 logprob_rewrites_db.register(
-    "mvnormal_of_kron_logp", dfs_rewriter(mvnormal_of_kron_logp), "basic", "kron", position=0.5
+    "mvnormal_of_kron_logp",
+    dfs_rewriter(mvnormal_of_kron_logp),
+    *tags_of("mvnormal_of_kron_logp", "basic"),
+    position=0.5,
 )
 # Before the inner graphs of symbolic random variables are inlined
 optdb.register(
     "mvnormal_of_kron_draws",
     dfs_rewriter(mvnormal_of_kron_draws),
-    "fast_run",
-    "fast_compile",
-    "kron",
+    *tags_of("mvnormal_of_kron_draws", "fast_run", "fast_compile"),
     position=-0.02,
 )

@@ -35,7 +35,7 @@ def kron_factors(var: TensorVariable) -> tuple[TensorVariable, ...] | None:
     None also for ``kron`` of anything but matrices: with more than two dimensions
     ``pt.linalg.kron`` multiplies the leading ones instead of batching over them.
     """
-    core, transposed = strip_left_expand_dims_and_transpose(var)
+    core, transposed = strip_transposes(var)
     match core.owner_op_and_inputs:
         case (KroneckerProduct() as kron, a, b):
             pass
@@ -50,10 +50,20 @@ def kron_factors(var: TensorVariable) -> tuple[TensorVariable, ...] | None:
     for operand in (a, b):
         nested = kron_factors(operand)
         if nested is None:
-            matrix, operand_transposed = strip_left_expand_dims_and_transpose(operand)
+            matrix, operand_transposed = strip_transposes(operand)
             nested = (matrix.mT if operand_transposed else matrix,)
         factors.extend(nested)
     return tuple(factor.mT if transposed else factor for factor in factors)
+
+
+def strip_transposes(var: TensorVariable) -> tuple[TensorVariable, bool]:
+    """Peel matrix transposes and dummy leading dimensions off, and say if one is left over."""
+    transposed = False
+    while True:
+        core, peeled_transpose = strip_left_expand_dims_and_transpose(var)
+        if core is var:
+            return core, transposed
+        var, transposed = core, transposed != peeled_transpose
 
 
 def row_sizes(factors: Matrices) -> tuple[Size, ...]:
@@ -108,10 +118,10 @@ def gram_root(var: TensorVariable) -> TensorVariable | None:
     """Return ``M`` if ``var`` is ``M @ M.mT``."""
     match without_assumptions(var).owner_op_and_inputs:
         case (Dot() | Blockwise(core_op=Dot()), left, right):
-            core, transposed = strip_left_expand_dims_and_transpose(right)
-            left_core, left_transposed = strip_left_expand_dims_and_transpose(left)
-            if core is left_core and transposed != left_transposed:
-                return left_core.mT if left_transposed else left_core
+            left_core, left_transposed = strip_transposes(left)
+            right_core, right_transposed = strip_transposes(right)
+            if left_core is right_core and left_transposed != right_transposed:
+                return left
     return None
 
 

@@ -8,6 +8,7 @@ in which the rewrites were added, so that a quadratic form is seen before the so
 """
 
 from pytensor.compile.mode import optdb
+from pytensor.configdefaults import config
 from pytensor.graph.rewriting.basic import (
     GraphRewriter,
     NodeProcessingGraphRewriter,
@@ -20,19 +21,31 @@ PHASES = ("canonicalize", "stabilize")
 kron_rewrites_db = LocalGroupDB()
 
 
+def tags_of(name: str, *tags: str) -> tuple[str, ...]:
+    """Return the tags to register a rewrite with: the given ones, and ``kron``.
+
+    A rewrite that ``pytensor.config.optimizer_excluding`` names, itself or by that tag, gets no
+    other tag. PyMC's own databases and the rewrites that it applies before it takes a gradient
+    don't ask the configuration.
+    """
+    excluded = set(config.optimizer_excluding.split(":"))
+    return ("kron",) if excluded & {name, "kron"} else ("kron", *tags)
+
+
 def register_kron(rewriter: NodeRewriter) -> NodeRewriter:
     """Add a rewrite to the bundle, under its own name and the tag ``kron``."""
-    kron_rewrites_db.register(
-        rewriter.__name__, rewriter, "kron", "fast_run", "fast_compile", *PHASES
-    )
+    name = rewriter.__name__
+    tags = tags_of(name, "fast_run", "fast_compile", *PHASES)
+    kron_rewrites_db.register(name, rewriter, *tags)
     return rewriter
 
 
 def register_bundle() -> None:
     """Register the bundle in PyTensor's database of rewrites, in each of its phases."""
     for phase in PHASES:
+        name = f"kron_{phase}"
         optdb[phase].register(
-            f"kron_{phase}", _walk(kron_rewrites_db), "kron", "fast_run", "fast_compile"
+            name, _walk(kron_rewrites_db), *tags_of(name, "fast_run", "fast_compile")
         )
 
 

@@ -1,0 +1,207 @@
+"""An unchanged model with ``pm.MvNormal`` against the distribution and against dense."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pymc as pm
+import pytensor.tensor as pt
+import pytest
+from numpy.testing import assert_allclose
+from pymc.logprob.rewriting import construct_ir_fgraph, logprob_rewrites_db
+from pytensor.graph.rewriting.db import RewriteDatabaseQuery
+
+from pymc_kron import KroneckerMvNormal
+from pymc_kron.distributions.kronecker_mvnormal import KroneckerMvNormalRV
+from tests.helpers import (
+    PY,
+    WITHOUT_KRON,
+    count_ops,
+    has_kron,
+    largest_computed_size,
+    random_spd,
+    symbolic_dense_kron,
+)
+
+kron = pt.linalg.kron
+chol = pt.linalg.cholesky
+inv = pt.linalg.inv
+
+rng = np.random.default_rng(19)
+# No factor of size two: PyTensor takes any 2 x 2 matrix for tridiagonal, and then fails in the
+# gradient of its inverse with the Python linker
+SIZES = (4, 3, 5)
+A, B, C = (random_spd(rng, n) for n in SIZES)
+N = 60
+MU = rng.normal(size=N)
+Y = rng.normal(size=N)
+
+# How people write a covariance of three factors
+WRITTEN = {
+    "cov": lambda a, b, c: {"cov": kron(kron(a, b), c)},
+    "nested to the right": lambda a, b, c: {"cov": kron(a, kron(b, c))},
+    "transposed": lambda a, b, c: {"cov": kron(a.T, kron(b, c).T)},
+    "negative definite factors": lambda a, b, c: {"cov": kron(-a, kron(-b, c))},
+    "chol": lambda a, b, c: {"chol": kron(kron(chol(a), chol(b)), chol(c))},
+    "upper chol": lambda a, b, c: {
+        "chol": kron(kron(chol(a), chol(b)), chol(c)).T,
+        "lower": False,
+    },
+    "tau": lambda a, b, c: {"tau": kron(kron(inv(a), inv(b)), inv(c))},
+    "cov of mixed factors": lambda a, b, c: {
+        "cov": kron(chol(a) @ chol(a).T, kron(inv(inv(b)), c))
+    },
+}
+
+
+def scaled_factors():
+    scale = pm.HalfNormal("scale", initval=0.7)
+    nugget = pm.HalfNormal("nugget", initval=1.2)
+    return scale * A, B + nugget * np.eye(3), pt.as_tensor(C)
+
+
+def written_model(name, observed=Y):
+    with pm.Model() as model:
+        pm.MvNormal("y", MU, **WRITTEN[name](*scaled_factors()), observed=observed)
+    return model
+
+
+def kronecker_model(observed=Y):
+    with pm.Model() as model:
+        KroneckerMvNormal("y", MU, scaled_factors(), observed=observed)
+    return model
+
+
+def dense_model(observed=Y):
+    with pm.Model() as model:
+        a, b, c = scaled_factors()
+        cov = symbolic_dense_kron(a, symbolic_dense_kron(b, c))
+        pm.MvNormal("y", MU, cov, observed=observed)
+    return model
+
+
+def logp_and_gradient(model):
+    function = model.compile_fn([model.logp(), model.dlogp()], mode=PY)
+    assert not has_kron(function.f.maker.fgraph)
+    return function(model.initial_point())
+
+
+@pytest.mark.parametrize("observed", [Y, None], ids=["likelihood", "prior"])
+@pytest.mark.parametrize("name", WRITTEN)
+def test_logp_and_gradient_of_an_unchanged_model(name, observed):
+    logp, gradient = logp_and_gradient(written_model(name, observed))
+    for reference in (kronecker_model(observed), dense_model(observed)):
+        expected_logp, expected_gradient = logp_and_gradient(reference)
+        assert_allclose(logp, expected_logp, rtol=1e-10)
+        assert_allclose(gradient, expected_gradient, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_nothing_dense_in_logp_gradient_or_draws(name):
+    model = written_model(name)
+    point = model.initial_point()
+    values = [point[value.name] for value in model.value_vars]
+    outputs = [model.logp(), model.dlogp()]
+    assert largest_computed_size(model.value_vars, outputs, values, mode=PY) == N
+    assert largest_computed_size([], model["y"], [], mode=PY) == N
+
+
+@pytest.mark.parametrize("name", ["cov", "chol", "tau", "negative definite factors"])
+def test_draws_of_an_unchanged_model(name):
+    n = 20_000
+    with pm.Model():
+        a, b, c = (pt.as_tensor(factor) for factor in (A, B, C))
+        y = pm.MvNormal.dist(MU, **WRITTEN[name](a, b, c), size=n)
+    draws = pm.draw(y, random_seed=1, mode=PY)
+    K = np.kron(A, np.kron(B, C))
+    errors = np.abs(np.cov(draws.T) - K) / np.sqrt(
+        (K**2 + np.outer(K.diagonal(), K.diagonal())) / n
+    )
+    assert errors.max() < 4.5
+    assert_allclose(draws.mean(axis=0), MU, atol=4.5 * np.sqrt(K.diagonal().max() / n))
+
+
+def test_draws_equal_the_dense_ones_for_one_seed():
+    # Both multiply the same standard normals by the same Cholesky factor
+    covs = {"kron": kron(pt.as_tensor(A), B), "dense": np.kron(A, B)}
+    draws = {
+        name: pm.draw(pm.MvNormal.dist(np.zeros(12), cov, size=3), random_seed=1, mode=PY)
+        for name, cov in covs.items()
+    }
+    assert_allclose(draws["kron"], draws["dense"], rtol=1e-10)
+
+
+def test_batched_covariances():
+    batch = random_spd(np.random.default_rng(1), 3, batch=(5,))
+    cov = pt.vectorize(kron, "(i,j),(k,l)->(m,n)")(pt.as_tensor(batch), pt.as_tensor(B))
+    x = rng.normal(size=(5, 9))
+    with pm.Model() as model:
+        pm.MvNormal("x", np.zeros(9), cov)
+    logp = model.compile_fn(model.logp(sum=False), mode=PY)({"x": x})[0]
+    dense = np.stack([np.kron(a, B) for a in batch])
+    expected = pm.logp(pm.MvNormal.dist(np.zeros((5, 9)), dense), x).eval(mode=PY)
+    assert_allclose(logp, expected, rtol=1e-10)
+    assert largest_computed_size([], model["x"], [], mode=PY) == 5 * 9
+
+
+@pytest.mark.parametrize(
+    "cov",
+    [
+        kron(pt.tensor("A", shape=(3, 2)), pt.tensor("B", shape=(2, 3))),
+        kron(pt.dmatrix("A"), pt.dmatrix("B")) + pt.eye(6),
+        pt.dmatrix("A") @ pt.dmatrix("B"),
+    ],
+    ids=["rectangular factors", "with noise", "a matrix product"],
+)
+def test_refusals(cov):
+    x = pm.MvNormal.dist(np.zeros(6), cov)
+    ir = construct_ir_fgraph({x: x.clone()})
+    assert count_ops(ir, KroneckerMvNormalRV) == 0
+
+
+def test_the_other_methods_of_drawing_are_left_dense():
+    # For semidefinite covariances, which a Cholesky factor doesn't exist for
+    cov = kron(pt.ones((2, 2)), pt.eye(3))
+    x = pm.MvNormal.dist(np.zeros(6), cov, method="eigh")
+    draws = pm.draw(x, 5, random_seed=1, mode=PY)
+    assert_allclose(draws[:, :3], draws[:, 3:], atol=1e-6)
+
+
+def test_turned_off_by_mode():
+    model = written_model("cov")
+    for mode in (WITHOUT_KRON, PY.excluding("mvnormal_of_kron_draws")):
+        assert has_kron(pm.compile([], model["y"], mode=mode).maker.fgraph)
+
+
+def test_turned_off_in_the_intermediate_representation():
+    y = pm.MvNormal.dist(np.zeros(12), kron(pt.as_tensor(A), B))
+    without_kron = RewriteDatabaseQuery(include=["basic"], exclude=["kron"])
+    for rewriter, count in ((None, 1), (logprob_rewrites_db.query(without_kron), 0)):
+        ir = construct_ir_fgraph({y: y.clone()}, ir_rewriter=rewriter)
+        assert count_ops(ir, KroneckerMvNormalRV) == count
+
+
+_HAS_KRON = """
+import numpy as np, pymc as pm, pytensor.tensor as pt, pymc_kron
+from pytensor.graph.fg import FunctionGraph
+from pytensor.tensor.linalg.products import KroneckerProduct
+with pm.Model() as model:
+    s = pm.HalfNormal("s")
+    pm.MvNormal("y", np.zeros(6), pt.linalg.kron(s * (np.eye(3) + 1), np.eye(2) + 1))
+gradient = FunctionGraph(outputs=[model.dlogp()])
+assert any(isinstance(node.op, KroneckerProduct) for node in gradient.apply_nodes)
+"""
+
+
+def test_turned_off_for_a_program():
+    # PyMC doesn't ask the configuration before it takes a gradient
+    environment = {**os.environ, "PYTENSOR_FLAGS": "optimizer_excluding=kron"}
+    subprocess.run([sys.executable, "-c", _HAS_KRON], env=environment, check=True)
+
+
+def test_pm_logp_of_a_variable_is_factorwise_too():
+    # It doesn't pass through PyMC's intermediate representation
+    a, b = pt.dmatrices("a", "b")
+    logp = pm.logp(pm.MvNormal.dist(np.zeros(12), kron(a, b)), np.arange(12.0))
+    assert largest_computed_size([a, b], [logp], [A, B], mode=PY) <= 16
