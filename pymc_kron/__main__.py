@@ -17,9 +17,10 @@ import argparse
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import arviz as az
 import numpy as np
@@ -49,7 +50,9 @@ FORMULA = """\
 
 DENSE_DAYS = 50
 TIMED_CALLS = 30
+
 PLOTTED_LAGS = 14
+DATA_COLOR, PREDICTIVE_COLOR, FIT_COLOR = "black", "tab:blue", "tab:orange"
 
 
 def prepare(
@@ -66,7 +69,8 @@ def prepare(
     data
         As from `load_irish_wind`, with ``wind`` in m/s.
     leave_out
-        Codes of stations to drop. Rosslare's wind behaves differently from that of the others.
+        Codes of stations to drop. Rosslare's wind correlates less with the other stations' than
+        their distance explains.
     harmonics
         The number of harmonics of the annual cycle.
 
@@ -96,13 +100,13 @@ def great_circle_distance(latitude: np.ndarray, longitude: np.ndarray) -> np.nda
     return 2 * EARTH_RADIUS_KM * np.arcsin(np.sqrt(haversine))
 
 
-def spatial_correlation(distance, nu, range_km):
+def spatial_correlation(distance: np.ndarray, nu: Any, range_km: Any) -> Any:
     """Correlation at distances in km, one at zero; of NumPy arrays or PyTensor variables."""
     # A power, which both kinds of arguments understand
     return (1 - nu) * math.e ** (-distance / range_km) + nu * (distance == 0)
 
 
-def temporal_correlation(lag, a, alpha):
+def temporal_correlation(lag: np.ndarray, a: Any, alpha: Any) -> Any:
     """Correlation at lags in days, one at zero; of NumPy arrays or PyTensor variables."""
     return 1 / (1 + a * lag ** (2 * alpha))
 
@@ -185,7 +189,8 @@ def time_gradients(anomalies: xr.DataArray) -> GradientTiming:
     AssertionError
         If the log-densities or the gradients differ by more than 1e-8, relatively.
     """
-    seconds, values = [], []
+    seconds: dict[bool, float] = {}
+    values: dict[bool, np.ndarray] = {}
     for dense in (False, True):
         model = build_model(anomalies, dense=dense)
         logp_dlogp = model.logp_dlogp_function(ravel_inputs=True)
@@ -193,25 +198,27 @@ def time_gradients(anomalies: xr.DataArray) -> GradientTiming:
         point = DictToArrayBijection.map(model.initial_point()).data
         # The first call compiles
         logp, dlogp = logp_dlogp(point)
-        values.append(np.append(dlogp, logp))
-        seconds.append(np.median([_seconds(logp_dlogp, point) for _ in range(TIMED_CALLS)]))
-    np.testing.assert_allclose(*values, rtol=1e-8)
+        values[dense] = np.append(dlogp, logp)
+        seconds[dense] = np.median([_seconds(logp_dlogp, point) for _ in range(TIMED_CALLS)])
+    np.testing.assert_allclose(values[False], values[True], rtol=1e-8)
     return GradientTiming(
         n_days=anomalies.sizes["time"],
         n_cells=anomalies.size,
-        factorwise=seconds[0],
-        dense=seconds[1],
-        difference=np.max(np.abs(values[0] / values[1] - 1)),
+        factorwise=seconds[False],
+        dense=seconds[True],
+        difference=np.max(np.abs(values[False] / values[True] - 1)),
     )
 
 
-def _seconds(function, *args) -> float:
+def _seconds(function: Callable, *args) -> float:
     start = time.perf_counter()
     function(*args)
     return time.perf_counter() - start
 
 
-def sample(model: pm.Model, *, draws: int, tune: int, chains: int, rng: np.random.Generator):
+def sample(
+    model: pm.Model, *, draws: int, tune: int, chains: int, rng: np.random.Generator
+) -> xr.DataTree:
     """Sample the posterior and its predictions, both in the returned `xarray.DataTree`."""
     with model:
         # PyMC's own sampler, so that the job is the same whether or not nutpie is installed
@@ -262,7 +269,7 @@ def quantities(x: np.ndarray, stations: xr.DataArray) -> dict[str, np.ndarray]:
     by_distance = pairs[np.argsort(distance[tuple(pairs.T)])]
     west, east = np.argmin(longitude), np.argmax(longitude)
 
-    lags = [lag for lag in (1, 2, 7) if lag < x.shape[-1]]
+    lags = [lag for lag in (1, 2, 4, 7) if lag < x.shape[-1]]
     variance, *autocovariances = np.moveaxis(temporal_covariances(x, [0, *lags]), -1, 0)
     covariances = spatial_covariances(x)
     deviations = np.sqrt(np.diagonal(covariances, axis1=-2, axis2=-1))
@@ -333,9 +340,12 @@ def plot(
         Draws of each parameter, ``(n_draws,)``.
     """
     # A figure of its own: pyplot and the user's backend stay as they are
-    figure = Figure(figsize=(13, 8), layout="constrained")
-    axes = figure.subplot_mosaic([["series"] * 3, ["cells", "space", "time"]])
-    _plot_series(axes["series"], anomalies, replicates)
+    figure = Figure(figsize=(13, 10), layout="constrained")
+    axes: dict[str, Axes] = figure.subplot_mosaic(
+        [["data"] * 3, ["draw"] * 3, ["cells", "space", "time"]], height_ratios=[1, 1, 2]
+    )
+    axes["draw"].sharey(axes["data"])
+    _plot_series(axes["data"], axes["draw"], anomalies, replicates)
     _plot_cells(axes["cells"], anomalies.to_numpy(), replicates)
     _plot_space(axes["space"], anomalies, replicates, posterior)
     _plot_time(axes["time"], anomalies.to_numpy(), replicates, posterior)
@@ -344,29 +354,35 @@ def plot(
     return figure
 
 
-DATA = {"color": "black"}
-PREDICTIVE = {"color": "tab:blue", "linewidth": 0}
-FIT = {"color": "tab:orange"}
-
-
-def _plot_series(ax: Axes, anomalies: xr.DataArray, replicates: np.ndarray) -> None:
+def _plot_series(
+    data_ax: Axes, draw_ax: Axes, anomalies: xr.DataArray, replicates: np.ndarray
+) -> None:
+    """One station: the data above, and one draw of the predictive distribution below."""
     station = 0
-    series = anomalies.isel(station=station)
-    days = series["time"].to_numpy()
+    days = anomalies["time"].to_numpy()
+    name = anomalies["station_name"].to_numpy()[station]
     draws = replicates[:, station]
-    for percent, alpha in ((90, 0.15), (50, 0.25)):
-        band = np.percentile(draws, [50 - percent / 2, 50 + percent / 2], axis=0)
-        ax.fill_between(
-            days, *band, alpha=alpha, label=f"{percent}% posterior predictive", **PREDICTIVE
-        )
-    ax.plot(days, draws[-1], color="tab:blue", lw=0.8, label="one predictive draw")
-    ax.plot(days, series, lw=1.0, label="data", **DATA)
-    ax.set(
-        title=f"Wind at {series['station_name'].item()}: the data and what the model predicts",
-        ylabel=f"Anomaly of root speed ({UNIT})",
-        xlim=(days[0], days[-1]),
-    )
-    ax.legend(ncols=4, loc="upper right", frameon=False)
+    for ax, series, color, title in (
+        (data_ax, anomalies.to_numpy()[station], DATA_COLOR, f"{name}: the data"),
+        (draw_ax, draws[-1], PREDICTIVE_COLOR, f"{name}: one draw of the posterior predictive"),
+    ):
+        for percent, alpha in ((90, 0.15), (50, 0.25)):
+            lower, upper = np.percentile(draws, [50 - percent / 2, 50 + percent / 2], axis=0)
+            ax.fill_between(
+                days,
+                lower,
+                upper,
+                alpha=alpha,
+                color=PREDICTIVE_COLOR,
+                linewidth=0,
+                label=f"{percent}% posterior predictive",
+            )
+        ax.plot(days, series, lw=1, color=color)
+        ax.set_title(title, loc="left")
+        ax.set(ylabel=f"Anomaly ({UNIT})", xlim=(days[0], days[-1]))
+    draw_ax.set_xlabel("Day")
+    above_right = {"loc": "lower right", "bbox_to_anchor": (1, 1), "borderaxespad": 0}
+    data_ax.legend(ncols=2, frameon=False, **above_right)
 
 
 def _plot_cells(ax: Axes, y: np.ndarray, replicates: np.ndarray) -> None:
@@ -374,13 +390,21 @@ def _plot_cells(ax: Axes, y: np.ndarray, replicates: np.ndarray) -> None:
     densities = [np.histogram(draw, edges, density=True)[0] for draw in replicates]
     lower, upper = np.percentile(densities, [5, 95], axis=0)
     ax.stairs(
-        upper, edges, baseline=lower, fill=True, alpha=0.4, label="90% predictive", **PREDICTIVE
+        upper,
+        edges,
+        baseline=lower,
+        fill=True,
+        alpha=0.4,
+        color=PREDICTIVE_COLOR,
+        label="90% predictive",
     )
-    ax.stairs(np.histogram(y, edges, density=True)[0], edges, lw=1.5, label="data", **DATA)
+    density, _ = np.histogram(y, edges, density=True)
+    ax.stairs(density, edges, lw=1.5, color=DATA_COLOR, label="data")
+    ax.set_title("All cells", loc="left")
     ax.set(
-        title="Distribution of all cells",
-        xlabel=f"Anomaly of root speed ({UNIT})",
+        xlabel=f"Anomaly of the root of wind speed ({UNIT})",
         ylabel=f"Density (1 / {UNIT})",
+        ylim=(0, 1.1 * upper.max()),
     )
     ax.legend(frameon=False)
 
@@ -394,21 +418,33 @@ def _plot_space(
     distance = great_circle_distance(
         anomalies["latitude"].to_numpy(), anomalies["longitude"].to_numpy()
     )
-    pairs = np.triu_indices_from(distance)
-    h = np.linspace(0, distance.max() * 1.05, 200)[1:, None]
-    variance = posterior["sigma"] ** 2
-    correlation = spatial_correlation(h, posterior["nu"], posterior["range"])
-    _plot_fit(ax, h[:, 0], variance * correlation)
-    # The nugget makes the variance stand apart from the curve
-    ax.errorbar(0, np.median(variance), _reach(variance), capsize=3, lw=2, **FIT)
+    h = np.linspace(0, 1.05 * distance.max(), 200)[1:]
+    variance: np.ndarray = posterior["sigma"] ** 2
+    correlation = spatial_correlation(h[:, None], posterior["nu"], posterior["range"])
+    _plot_fit(ax, h, variance * correlation)
+    # The nugget sets the variance apart from the curve
+    lower, median, upper = np.percentile(variance, [5, 50, 95])
+    reach = [[median - lower], [upper - median]]
+    ax.errorbar(0, median, reach, fmt="s", capsize=5, lw=2, color=FIT_COLOR, zorder=2)
+
+    pairs = np.triu_indices_from(distance, 1)
+
+    def empirical(x: np.ndarray) -> np.ndarray:
+        """Mean variance of the stations, then the covariance of each pair: ``(s,t)->(k)``."""
+        covariances = spatial_covariances(x)
+        variances = np.diagonal(covariances, axis1=-2, axis2=-1)
+        return np.concatenate(
+            [variances.mean(axis=-1, keepdims=True), covariances[..., *pairs]], axis=-1
+        )
+
     _plot_empirical(
         ax,
-        distance[pairs],
-        spatial_covariances(anomalies.to_numpy())[pairs],
-        spatial_covariances(replicates)[:, *pairs],
+        np.append(0, distance[pairs]),
+        empirical(anomalies.to_numpy()),
+        empirical(replicates),
     )
+    ax.set_title("Two stations, same day (at 0: variance)", loc="left")
     ax.set(
-        title="Same day, by distance",
         xlabel="Great-circle distance (km)",
         ylabel="Covariance (m/s)",
         ylim=(0, None),
@@ -420,36 +456,29 @@ def _plot_time(
     ax: Axes, y: np.ndarray, replicates: np.ndarray, posterior: dict[str, np.ndarray]
 ) -> None:
     lags = range(min(PLOTTED_LAGS + 1, y.shape[-1]))
-    u = np.linspace(0, lags[-1], 200)[:, None]
-    correlation = temporal_correlation(u, posterior["a"], posterior["alpha"])
-    _plot_fit(ax, u[:, 0], posterior["sigma"] ** 2 * correlation)
+    u = np.linspace(0, lags[-1], 200)
+    correlation = temporal_correlation(u[:, None], posterior["a"], posterior["alpha"])
+    _plot_fit(ax, u, posterior["sigma"] ** 2 * correlation)
     _plot_empirical(
         ax, np.array(lags), temporal_covariances(y, lags), temporal_covariances(replicates, lags)
     )
-    ax.set(
-        title="Same station, by lag (mean of the stations)",
-        xlabel="Lag (days)",
-        ylabel="Covariance (m/s)",
-    )
+    ax.set_title("Same station, two days (mean of stations)", loc="left")
+    ax.set(xlabel="Lag (days)", ylabel="Covariance (m/s)")
     ax.legend(frameon=False)
 
 
 def _plot_fit(ax: Axes, x: np.ndarray, draws: np.ndarray) -> None:
+    """Draw a curve from its posterior draws, ``(n_points, n_draws)``."""
     lower, median, upper = np.percentile(draws, [5, 50, 95], axis=1)
-    ax.fill_between(x, lower, upper, alpha=0.3, linewidth=0, label="90% posterior", **FIT)
-    ax.plot(x, median, lw=1.5, label="posterior median", **FIT)
+    ax.fill_between(x, lower, upper, alpha=0.3, linewidth=0, color=FIT_COLOR, label="90% posterior")
+    ax.plot(x, median, lw=1.5, color=FIT_COLOR, label="posterior median")
 
 
 def _plot_empirical(ax: Axes, x: np.ndarray, observed: np.ndarray, replicated: np.ndarray) -> None:
+    """Draw empirical covariances, ``(k,)``, and those of the replicates, ``(n_draws, k)``."""
     lower, upper = np.percentile(replicated, [5, 95], axis=0)
-    ax.vlines(x, lower, upper, color="tab:blue", alpha=0.35, label="90% predictive")
-    ax.plot(x, observed, "o", ms=4, label="data", **DATA)
-
-
-def _reach(draws: np.ndarray) -> np.ndarray:
-    """Distances from the median to the ends of the central 90%: ``(n)->(2,1)``."""
-    lower, median, upper = np.percentile(draws, [5, 50, 95])
-    return np.array([[median - lower], [upper - median]])
+    ax.vlines(x, lower, upper, color=PREDICTIVE_COLOR, alpha=0.35, zorder=1, label="90% predictive")
+    ax.plot(x, observed, "o", ms=4, color=DATA_COLOR, zorder=3, label="data")
 
 
 def parse_options(argv: Sequence[str] | None, n_days: int) -> argparse.Namespace:
@@ -461,9 +490,10 @@ def parse_options(argv: Sequence[str] | None, n_days: int) -> argparse.Namespace
         "against the dense multivariate normal.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
+    # R-hat needs 4 draws
     integer_options = (
-        ("draws", 500, 4, None, "posterior draws a chain"),
-        ("tune", 500, 0, None, "tuning steps a chain"),
+        ("draws", 400, 4, None, "posterior draws a chain"),
+        ("tune", 400, 0, None, "tuning steps a chain"),
         ("chains", 2, 1, None, "chains, which run in parallel"),
         ("days", 365, 2, n_days, "days from 1961-01-01 on"),
         ("seed", 1961, 0, None, "seed of all random numbers"),
@@ -478,18 +508,15 @@ def parse_options(argv: Sequence[str] | None, n_days: int) -> argparse.Namespace
     return parser.parse_args(argv)
 
 
-def _integer(least: int, most: int | None):
+def _integer(least: int, most: int | None) -> Callable[[str], int]:
     """Return a reader of integers within bounds, which belong to the range."""
 
     def read(text: str) -> int:
-        allowed = f"at least {least}" if most is None else f"between {least} and {most}"
-        try:
-            value = int(text)
-        except ValueError:
-            value = None
-        if value is None or value < least or (most is not None and value > most):
-            raise argparse.ArgumentTypeError(f"must be an integer, {allowed}, got {text!r}")
-        return value
+        bounds = f"at least {least}" if most is None else f"between {least} and {most}"
+        number = int(text) if text.removeprefix("-").isdecimal() else None
+        if number is None or number < least or (most is not None and number > most):
+            raise argparse.ArgumentTypeError(f"must be an integer, {bounds}, got {text!r}")
+        return number
 
     return read
 
@@ -508,8 +535,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     data = load_irish_wind()
     options = parse_options(argv, data.sizes["time"])
     rng = np.random.default_rng(options.seed)
-    # Chains share the cores. Where they are forked, PyMC leaves BLAS alone, and its threads then
-    # wait for one another: on 2 cores, 2 chains took ten times as long
+    # Where chains are forked, `pymc.sample` ignores its `blas_cores`, and the BLAS threads of all
+    # chains wait for one another: on 2 cores, 2 chains took three to ten times as long
     with threadpool_limits(limits=1, user_api="blas"):
         run(data, options, rng)
 
@@ -550,8 +577,8 @@ def run(data: xr.Dataset, options: argparse.Namespace, rng: np.random.Generator)
         f"90% intervals {coverage[90]:.1%}.\n"
         f"{table.to_string(float_format='{:.3f}'.format)}\n"
         "  5% and 95% bound what the model predicts; p is the probability of more than observed.\n"
-        "  A separable covariance can't let weather from the west reach the east a day later\n"
-        "  (Gneiting, 2002): the lead that it predicts is zero on average.\n"
+        "  Weather comes from the west, but a separable covariance is symmetric in time: the lead\n"
+        "  of west over east that it predicts is zero on average (Gneiting, 2002).\n"
     )
 
     posterior = {name: trace["posterior"][name].to_numpy().ravel() for name in PARAMETERS}

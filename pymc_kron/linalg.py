@@ -88,6 +88,18 @@ def sweep(
         batch dimensions are those of `rows` broadcast with those that the maps bring in.
     """
     lead = () if n_rows is None else (n_rows,)
+    mapped = _sweep_grid(maps, in_sizes, out_sizes, rows, lead)
+    return mapped.reshape((*tuple(mapped.shape)[:-2], prod(out_sizes), *lead))
+
+
+def _sweep_grid(
+    maps: Sequence[MatrixMap],
+    in_sizes: Sequence[Size],
+    out_sizes: Sequence[Size],
+    rows: TensorVariable,
+    lead: tuple[Size, ...] = (),
+) -> TensorVariable:
+    """Return the result of `sweep` as a matrix with a row for each of the ``k_1``."""
     batch_shape = tuple(rows.shape)[: rows.type.ndim - 1 - len(lead)]
     # The axes in front of the one to be mapped, slowest first
     front: tuple[Size, ...] = (*lead, *in_sizes[:-1])
@@ -103,7 +115,7 @@ def sweep(
             if len(front) == 1
             else mapped.reshape((*tuple(mapped.shape)[:-2], prod(front), in_sizes[i - 1]))
         )
-    return mapped.reshape((*tuple(mapped.shape)[:-2], prod(out_sizes), *lead))
+    return mapped
 
 
 def apply_to_vectors(
@@ -161,6 +173,21 @@ def apply_to_columns(
         return apply_to_vectors(maps, in_sizes, out_sizes, x.mT).mT
     [n_rows] = _known_or_symbolic(x, [-1])
     return sweep(maps, in_sizes, out_sizes, x.mT, n_rows=n_rows)
+
+
+def sum_of_squares(
+    maps: Sequence[MatrixMap],
+    sizes: Sequence[Size],
+    x: TensorVariable,
+    *,
+    batch_ndim: int = 0,
+) -> TensorVariable:
+    """Squared norm of what `apply_to_vectors` returns: ``(n1*...*nd)->()``."""
+    if x.type.ndim - 1 > batch_ndim:
+        vectors = apply_to_vectors(maps, sizes, sizes, x, batch_ndim=batch_ndim)
+        return (vectors**2).sum(axis=-1)
+    # The order of the cells doesn't matter: no copy into a vector
+    return (_sweep_grid(maps, sizes, sizes, x) ** 2).sum(axis=(-2, -1))
 
 
 def _known_or_symbolic(x: TensorVariable, axes: Sequence[int]) -> list[Size]:

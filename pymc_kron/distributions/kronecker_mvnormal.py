@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from functools import reduce
 from typing import Any, Literal
 
 import pytensor
@@ -136,10 +137,10 @@ class KroneckerMvNormalRV(SymbolicRandomVariable):
 @_logprob.register(KroneckerMvNormalRV)
 def kronecker_mvnormal_logp(op, values, rng, size, mu, *factors, **kwargs):
     [value] = values
-    roots = map(covariance_root, factors, op.forms)
+    exist = [root.exists for root in map(covariance_root, factors, op.forms)]
     return check_parameters(
         rewritten_logp(value, mu, factors, op.forms),
-        *(root.exists for root in roots),
+        reduce(pt.and_, exist),
         msg="posdef covariance",
     )
 

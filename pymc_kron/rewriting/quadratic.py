@@ -10,7 +10,7 @@ from pytensor.tensor.math import Dot, Sum
 from pytensor.tensor.rewriting.blockwise import blockwise_of
 from pytensor.tensor.rewriting.linalg.utils import strip_left_expand_dims_and_transpose
 
-from pymc_kron.linalg import apply_to_vectors, factors_batch_ndim
+from pymc_kron.linalg import factors_batch_ndim, sum_of_squares
 from pymc_kron.rewriting.bundle import register_kron
 from pymc_kron.rewriting.facts import positive_definite_factors, root_of
 from pymc_kron.structure import column_sizes, is_provably_not_square, kron_factors
@@ -36,25 +36,24 @@ def whitened_norm_of_kron_solve(fgraph, node):
     form = _quadratic_form_in(fgraph, node)
     if form is None:
         return None
-    old_out, axis = form
+    old_out, batch_axes = form
 
     sizes = column_sizes(factors)
     roots = [root_of(fgraph, factor) for factor in positive_definite_factors(fgraph, factors)]
-    whitened = apply_to_vectors(
-        [root.whiten for root in roots],
-        sizes,
-        sizes,
-        b,
-        batch_ndim=factors_batch_ndim(factors),
+    norms = sum_of_squares(
+        [root.whiten for root in roots], sizes, b, batch_ndim=factors_batch_ndim(factors)
     )
-    new_out = atleast_Nd((whitened**2).sum(axis=axis), n=old_out.type.ndim)
+    new_out = atleast_Nd(norms.sum(axis=batch_axes), n=old_out.type.ndim)
     new_out = new_out.astype(old_out.type.dtype)
     copy_stack_trace(old_out, new_out)
     return {old_out: new_out}
 
 
 def _quadratic_form_in(fgraph, solve_node):
-    """Return the quadratic form of the solution with its right-hand side, and the axes summed."""
+    """Return the quadratic form of the solution with its right-hand side.
+
+    And the axes that are summed besides the last one.
+    """
     _, b = solve_node.inputs
     [x] = solve_node.outputs
     client = _only_client(fgraph, x)
@@ -68,9 +67,10 @@ def _quadratic_form_in(fgraph, solve_node):
                 and client.out.type.ndim == x.type.ndim
                 and _same_up_to_left_dims(_other_input(client, x), b)
             ):
-                axes = tuple(range(x.type.ndim)) if sum_node.op.axis is None else sum_node.op.axis
-                if x.type.ndim - 1 in axes:
-                    return sum_node.out, axes
+                vector_axis = x.type.ndim - 1
+                axes = sum_node.op.axis or tuple(range(x.type.ndim))
+                if vector_axis in axes:
+                    return sum_node.out, tuple(axis for axis in axes if axis != vector_axis)
         case DimShuffle(is_expand_dims=True) if x.type.ndim == 1:
             # b[None, :] @ x[:, None], which is what b @ x becomes
             column_or_row = client.out
@@ -82,7 +82,7 @@ def _quadratic_form_in(fgraph, solve_node):
             ):
                 match _other_input(dot_node, column_or_row).owner_op_and_inputs:
                     case (DimShuffle(is_expand_dims=True), other) if other is b:
-                        return dot_node.out, (0,)
+                        return dot_node.out, ()
     return None
 
 
