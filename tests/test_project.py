@@ -1,0 +1,58 @@
+"""What is written about the package, against the package."""
+
+import inspect
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import pymc_kron
+
+ROOT = Path(__file__).parent.parent
+PUBLIC = {name: getattr(pymc_kron, name) for name in pymc_kron.__all__}
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+MARKDOWN_BLOCK = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
+DOCSTRING_BLOCK = re.compile(r"^\.\. code-block:: python\n\n((?:(?: {4}.*)?\n?)*)", re.MULTILINE)
+
+
+def test_versions_agree():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    [newest, *_] = re.findall(r"^## (.*)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert project["version"] == pymc_kron.__version__ == newest
+
+
+def test_the_reference_names_what_is_public():
+    named = re.findall(r"^- `(\w+)\(", (ROOT / "docs/api.md").read_text(), re.MULTILINE)
+    assert sorted(named) == sorted(PUBLIC)
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_public_docstrings_have_examples_that_run(name):
+    blocks = DOCSTRING_BLOCK.findall(inspect.getdoc(PUBLIC[name]))
+    assert blocks
+    namespace = {}
+    for block in blocks:
+        exec(inspect.cleandoc(block), namespace)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_pages_have_code_that_runs_and_links_that_lead_somewhere(page):
+    text = page.read_text()
+    namespace = {}
+    for block in MARKDOWN_BLOCK.findall(text):
+        exec(block, namespace)
+    for target in re.findall(r"\]\(([^)#]+)\)", text):
+        assert target.startswith("https://") or (page.parent / target).exists(), target
+
+
+def test_the_rewrites_page_names_every_rewrite():
+    text = (ROOT / "docs/background/rewrites.md").read_text()
+    for name in pymc_kron.rewriting.kron_rewrites_db._names:
+        assert f"| `{name}` |" in text
+
+
+def test_no_file_of_the_repository_records_a_download_address():
+    ignored = (ROOT / ".gitignore").read_text().split()
+    assert "uv.lock" in ignored
