@@ -6,7 +6,8 @@ import pytensor.tensor as pt
 import pytest
 from pytensor.compile.mode import get_mode
 
-from tests.helpers import random_matrix
+import pymc_kron.rewriting  # noqa: F401
+from tests.helpers import has_kron, random_matrix
 
 ROUNDS = {10: 2000, 50: 10, 100: 2}
 
@@ -20,6 +21,7 @@ def bench_solve(benchmark, n, bundle):
         mode = mode.excluding("kron")
     A, B, b = pt.tensor("A", shape=(n, n)), pt.tensor("B", shape=(n, n)), pt.dvector("b")
     solve = pytensor.function([A, B, b], pt.linalg.solve(pt.linalg.kron(A, B), b), mode=mode)
+    assert has_kron(solve.maker.fgraph) == (bundle == "without")
     solve.trust_input = True
     rng = np.random.default_rng(0)
     arguments = random_matrix(rng, n, n), random_matrix(rng, n, n), rng.normal(size=n * n)

@@ -1,4 +1,7 @@
 import pytest
+
+# Loads the BLAS that compiled functions call: a limit finds only what is loaded
+import scipy.linalg  # noqa: F401
 from threadpoolctl import threadpool_limits
 
 
