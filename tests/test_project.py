@@ -1,6 +1,7 @@
 """What is written about the package, against the package."""
 
 import inspect
+import json
 import re
 import tomllib
 from pathlib import Path
@@ -11,6 +12,7 @@ import pymc_kron
 
 ROOT = Path(__file__).parent.parent
 PUBLIC = {name: getattr(pymc_kron, name) for name in pymc_kron.__all__}
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 MARKDOWN_BLOCK = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
@@ -45,6 +47,15 @@ def test_pages_have_code_that_runs_and_links_that_lead_somewhere(page):
         exec(block, namespace)
     for target in re.findall(r"\]\(([^)#]+)\)", text):
         assert target.startswith("https://") or (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda notebook: notebook.stem)
+def test_notebooks_run(notebook, monkeypatch):
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    namespace = {}
+    for cell in json.loads(notebook.read_text())["cells"]:
+        if cell["cell_type"] == "code":
+            exec("".join(cell["source"]), namespace)
 
 
 def test_the_rewrites_page_names_every_rewrite():
