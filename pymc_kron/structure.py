@@ -13,10 +13,12 @@ from pytensor.assumptions import (
 )
 from pytensor.assumptions.specify import SpecifyAssumptions
 from pytensor.graph.fg import FunctionGraph
+from pytensor.scalar.basic import Mul, Neg, TrueDiv
 from pytensor.tensor.blockwise import Blockwise
+from pytensor.tensor.elemwise import Elemwise
 from pytensor.tensor.linalg.inverse import MatrixInverse
 from pytensor.tensor.linalg.products import KroneckerProduct
-from pytensor.tensor.math import Dot
+from pytensor.tensor.math import Dot, neg, variadic_mul
 from pytensor.tensor.rewriting.linalg.utils import strip_left_expand_dims_and_transpose
 from pytensor.tensor.variable import TensorVariable
 
@@ -28,7 +30,8 @@ def kron_factors(var: TensorVariable) -> tuple[TensorVariable, ...] | None:
     """Return the factors of a (nested, transposed, batched) Kronecker product, or None.
 
     ``kron(A, kron(B, C).T)`` gives ``(A, B.T, C.T)``: the product is associative, and
-    ``(A (x) B).T = A.T (x) B.T``. A factor of a batched product keeps its own batch
+    ``(A (x) B).T = A.T (x) B.T``. A scalar multiple, negation or quotient goes to the first
+    factor, ``c (A (x) B) = (c A) (x) B``. A factor of a batched product keeps its own batch
     dimensions without the dummy ones on the left, so that a factor that the whole batch
     shares stays a matrix.
 
@@ -36,10 +39,17 @@ def kron_factors(var: TensorVariable) -> tuple[TensorVariable, ...] | None:
     ``pt.linalg.kron`` multiplies the leading ones instead of batching over them.
     """
     core, transposed = strip_transposes(var)
-    match core.owner_op_and_inputs:
-        case (KroneckerProduct() as kron, a, b):
+    factors = _factors_of_product(core) or _factors_of_multiple(core)
+    if factors is None:
+        return None
+    return tuple(factor.mT if transposed else factor for factor in factors)
+
+
+def _factors_of_product(var: TensorVariable) -> tuple[TensorVariable, ...] | None:
+    match var.owner_op_and_inputs:
+        case (KroneckerProduct() as kron, *operands):
             pass
-        case (Blockwise(core_op=KroneckerProduct() as kron), a, b):
+        case (Blockwise(core_op=KroneckerProduct() as kron), *operands):
             pass
         case _:
             return None
@@ -47,13 +57,46 @@ def kron_factors(var: TensorVariable) -> tuple[TensorVariable, ...] | None:
         return None
 
     factors: list[TensorVariable] = []
-    for operand in (a, b):
+    for operand in operands:
         nested = kron_factors(operand)
         if nested is None:
-            matrix, operand_transposed = strip_transposes(operand)
-            nested = (matrix.mT if operand_transposed else matrix,)
+            matrix, transposed = strip_transposes(operand)
+            nested = (matrix.mT if transposed else matrix,)
         factors.extend(nested)
-    return tuple(factor.mT if transposed else factor for factor in factors)
+    return tuple(factors)
+
+
+def _factors_of_multiple(var: TensorVariable) -> tuple[TensorVariable, ...] | None:
+    match var.owner_op_and_inputs:
+        case (Elemwise(scalar_op=Neg()), product):
+            multiple = neg
+        case (Elemwise(scalar_op=TrueDiv()), product, scalar) if _is_scalar(scalar):
+
+            def multiple(factor):
+                return factor / scalar
+
+        case (Elemwise(scalar_op=Mul()), *inputs):
+            products = [inp for inp in inputs if not _is_scalar(inp)]
+            scalars = [inp for inp in inputs if _is_scalar(inp)]
+            if len(products) != 1:
+                return None
+            [product] = products
+
+            def multiple(factor):
+                return variadic_mul(*scalars, factor)
+
+        case _:
+            return None
+    factors = kron_factors(product)
+    if factors is None:
+        return None
+    first, *others = factors
+    return multiple(first), *others
+
+
+def _is_scalar(var: TensorVariable) -> bool:
+    """Whether a variable broadcasts one value over the last two axes."""
+    return all(var.type.broadcastable[-2:])
 
 
 def strip_transposes(var: TensorVariable) -> tuple[TensorVariable, bool]:

@@ -43,6 +43,7 @@ WRITTEN = {
     "nested to the right": lambda a, b, c: {"cov": kron(a, kron(b, c))},
     "transposed": lambda a, b, c: {"cov": kron(a.T, kron(b, c).T)},
     "negative definite factors": lambda a, b, c: {"cov": kron(-a, kron(-b, c))},
+    "scalar multiples": lambda a, b, c: {"cov": 0.5 * kron(a, kron(-2 * b, -c))},
     "chol": lambda a, b, c: {"chol": kron(kron(chol(a), chol(b)), chol(c))},
     "upper chol": lambda a, b, c: {
         "chol": kron(kron(chol(a), chol(b)), chol(c)).T,

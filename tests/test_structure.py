@@ -1,10 +1,11 @@
 import numpy as np
 import pytensor.tensor as pt
+import pytest
 from pytensor.assumptions.specify import assume
 from pytensor.graph.fg import FunctionGraph
 
 from pymc_kron import structure
-from tests.helpers import symbolic_matrices
+from tests.helpers import PY, symbolic_matrices
 
 A, B, C = symbolic_matrices([np.empty((1, 1))] * 3)
 kron = pt.linalg.kron
@@ -27,6 +28,43 @@ def test_transposes_go_to_the_factors():
     product = kron(A, kron(B, C.T).T).T
     assert names(structure.kron_factors(product)) == ["A0'", "A1", "A2'"]
     assert names(structure.kron_factors(kron(A, B).T.T)) == ["A0", "A1"]
+
+
+MULTIPLES = {
+    "c * K": (lambda c, K: c * K, 2.5),
+    "K * c": (lambda c, K: K * c, 2.5),
+    "-K": (lambda c, K: -K, -1),
+    "K / c": (lambda c, K: K / c, 0.4),
+    "c * K.T * 3": (lambda c, K: c * K.T * 3, 7.5),
+    "-(c * K) / 2": (lambda c, K: -(c * K) / 2, -1.25),
+}
+
+
+@pytest.mark.parametrize("name", MULTIPLES)
+def test_scalar_multiples_go_to_the_first_factor(name):
+    multiple, value = MULTIPLES[name]
+    c = pt.dscalar("c")
+    first, second = structure.kron_factors(multiple(c, kron(A, B)))
+    a, b = np.arange(6.0).reshape(3, 2), np.arange(4.0).reshape(2, 2)
+    transposed = "T" in name
+    values = {A: a, B: b, c: 2.5}
+    result = first.eval(values, mode=PY, on_unused_input="ignore")
+    np.testing.assert_allclose(result, value * (a.T if transposed else a), rtol=1e-15)
+    assert structure.strip_transposes(second) == (B, transposed)
+
+
+def test_a_batch_of_scalars_makes_the_first_factor_a_batch():
+    scalars = pt.tensor("scalars", shape=(5, 1, 1))
+    first, second = structure.kron_factors(scalars * kron(A, B))
+    assert first.type.ndim == 3
+    assert second is B
+
+
+def test_multiples_that_are_not_scalar():
+    vector, matrix = pt.dvector("vector"), pt.dmatrix("matrix")
+    for multiple in (vector * kron(A, B), matrix * kron(A, B), 2 / kron(A, B), kron(A, B) + 1):
+        assert structure.kron_factors(multiple) is None
+    assert structure.kron_factors(kron(A, B) * kron(A, B)) is None
 
 
 def test_a_shared_factor_of_a_batch_stays_a_matrix():

@@ -86,6 +86,27 @@ def test_solve_keeps_the_dtype(assume_a, dtype):
     check(solution, factors, arrays, b_var, b, np.linalg.solve(dense_kron(*arrays), b), dtype)
 
 
+def test_diagonal_solve():
+    arrays = [np.diag([2.0, 3.0]), np.diag([1.0, 4.0, 5.0])]
+    factors = symbolic_matrices(arrays)
+    b, b_var = np.arange(6.0), pt.dvector("b")
+    solution = pt.linalg.solve(kron(*factors), b_var, assume_a="diagonal")
+    check(solution, factors, arrays, b_var, b, b / dense_kron(*arrays).diagonal())
+
+
+@pytest.mark.parametrize("multiple", [lambda c, K: c * K, lambda c, K: -K / c], ids=["c K", "-K/c"])
+@pytest.mark.parametrize("assume_a", ["gen", "pos"])
+def test_scalar_multiples(assume_a, multiple):
+    rng = np.random.default_rng(3)
+    value = multiple(1, 1) * 2.5
+    arrays = [np.sign(value) * random_spd(rng, 3), random_spd(rng, 4)]
+    A, B = symbolic_matrices(arrays)
+    c, b_var, b = pt.dscalar("c"), pt.dvector("b"), rng.normal(size=12)
+    solution = pt.linalg.solve(multiple(c, pt.linalg.kron(A, B)), b_var, assume_a=assume_a)
+    expected = np.linalg.solve(multiple(2.5, dense_kron(*arrays)), b)
+    check(solution, [A, B, c], [*arrays, 2.5], b_var, b, expected)
+
+
 @pytest.mark.parametrize("assume_a", ["tridiagonal", "banded"])
 def test_solve_of_other_structures_is_general(assume_a):
     rng = np.random.default_rng(3)
