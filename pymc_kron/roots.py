@@ -37,8 +37,9 @@ class Root:
     @property
     def logdet(self) -> TensorVariable:
         """The log-determinant of ``Sigma``: ``(n,n)->()``."""
-        log_diagonal = pt.log(pt.diagonal(self.chol, axis1=-2, axis2=-1)).sum(axis=-1)
-        return (-2 if self.of_precision else 2) * log_diagonal
+        # A triangular root that was given may have negative entries on its diagonal
+        diagonal = pt.abs(pt.diagonal(self.chol, axis1=-2, axis2=-1))
+        return (-2 if self.of_precision else 2) * pt.log(diagonal).sum(axis=-1)
 
     @property
     def exists(self) -> TensorVariable:

@@ -12,6 +12,9 @@ from pytensor.link.basic import PerformLinker, WrapLinker
 from pytensor.tensor.blockwise import Blockwise
 from pytensor.tensor.linalg.products import KroneckerProduct
 
+# Registers the rewrites
+import pymc_kron  # noqa: F401
+
 PY = Mode(linker="py", optimizer="fast_run")
 WITHOUT_KRON = PY.excluding("kron")
 

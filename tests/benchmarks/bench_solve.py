@@ -6,7 +6,6 @@ import pytensor.tensor as pt
 import pytest
 from pytensor.compile.mode import get_mode
 
-import pymc_kron.rewriting  # noqa: F401
 from tests.helpers import has_kron, random_matrix
 
 ROUNDS = {10: 2000, 50: 10, 100: 2}

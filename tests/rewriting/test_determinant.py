@@ -153,6 +153,17 @@ def test_known_structure_chooses_the_factorisation():
     assert_allclose(logabsdet, expected, rtol=1e-10)
 
 
+def test_triangular_root_with_a_negative_diagonal():
+    L_var, B = pt.dmatrix("L"), pt.dmatrix("B")
+    L = assume(L_var, lower_triangular=True)
+    K = pt.linalg.kron(assume(L @ L.T, positive_definite=True), B)
+    L_array, B_array = np.array([[-2.0, 0.0], [1.0, 3.0]]), np.diag([1.0, 2.0, 3.0])
+    function = compile_py([L_var, B], pt.linalg.slogdet(K))
+    assert count_ops(function.maker.fgraph, Cholesky) == 0
+    expected = np.linalg.slogdet(dense_kron(L_array @ L_array.T, B_array))
+    assert_allclose(function(L_array, B_array), expected, rtol=1e-10)
+
+
 def test_square_product_of_rectangular_factors_is_singular():
     # PyTensor's own rewrite raises here
     rng = np.random.default_rng(7)
