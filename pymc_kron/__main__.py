@@ -493,8 +493,8 @@ def parse_options(argv: Sequence[str] | None, n_days: int) -> argparse.Namespace
     )
     # R-hat needs 4 draws
     integer_options = (
-        ("draws", 400, 4, None, "posterior draws a chain"),
-        ("tune", 300, 0, None, "tuning steps a chain"),
+        ("draws", 300, 4, None, "posterior draws a chain"),
+        ("tune", 250, 0, None, "tuning steps a chain"),
         ("chains", 2, 1, None, "chains, which run in parallel"),
         ("days", 365, 2, n_days, "days from 1961-01-01 on"),
         ("seed", 1961, 0, None, "seed of all random numbers"),

@@ -257,7 +257,9 @@ def with_aligned_signs(factors: Matrices) -> list[TensorVariable]:
     positive definite, a flipped factor isn't either.
     """
     *others, last = factors
-    signs = [pt.sign(factor[..., 0, 0])[..., None, None] for factor in others]
+    # A sum over the first entry of the diagonal, which an empty factor doesn't have
+    firsts = [pt.diagonal(factor, axis1=-2, axis2=-1)[..., :1].sum(axis=-1) for factor in others]
+    signs = [pt.sign(first)[..., None, None] for first in firsts]
     return [
         *(sign * factor for sign, factor in zip(signs, others, strict=True)),
         prod(signs[1:], start=signs[0]) * last if signs else last,
@@ -312,5 +314,7 @@ def kron_slogdet(
     for i, (factor_sign, factor_logabsdet) in enumerate(slogdets):
         copies = prod(sizes[:i] + sizes[i + 1 :])
         sign.append(factor_sign**copies)
-        logabsdet.append(copies * factor_logabsdet)
+        total = copies * factor_logabsdet
+        # Beside an empty factor, a singular one takes no part: 0 * -inf is 0
+        logabsdet.append(total if isinstance(copies, int) else pt.switch(copies > 0, total, 0))
     return prod(sign[1:], start=sign[0]), sum(logabsdet[1:], start=logabsdet[0])

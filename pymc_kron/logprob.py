@@ -22,8 +22,7 @@ from pymc_kron.structure import (
     gram_root,
     inverted_matrix,
     is_lower_triangular,
-    is_provably_not_square,
-    kron_factors,
+    square_kron_factors,
 )
 
 
@@ -50,7 +49,9 @@ def _as_kronecker_mvnormal(fgraph: FunctionGraph, node: Apply) -> list[Variable]
     if parametrization is None:
         return None
     factors, forms = parametrization
-    rv = KroneckerMvNormalRV.rv_op(mu, *factors, forms=forms, size=size, rng=rng)
+    rv = KroneckerMvNormalRV.rv_op(
+        mu, *factors, forms=forms, size=size, rng=rng, dtype=node.outputs[1].type.dtype
+    )
     return rv.owner.outputs
 
 
@@ -64,18 +65,12 @@ def _kronecker_parametrization(
     """
     cov, _ = strip_left_expand_dims_and_transpose(cov)
     matrix, form = _matrix_and_form(fgraph, cov)
-    factors = kron_factors(matrix)
-    if (
-        factors is None
-        or any(map(is_provably_not_square, factors))
-        or any(factor.type.numpy_dtype.kind == "c" for factor in factors)
-    ):
+    factors = square_kron_factors(matrix, real=True)
+    if factors is None:
         return None
-    # A factor of a positive definite product is positive definite up to its sign, and so is
-    # the diagonal of a factor of a Cholesky factor
-    aligned = positive_definite_factors(fgraph, factors)
     if form == "chol":
-        return aligned, [form] * len(aligned)
+        return factors, [form] * len(factors)
+    aligned = positive_definite_factors(fgraph, factors)
     described = [_matrix_and_form(fgraph, factor, form) for factor in aligned]
     return [matrix for matrix, _ in described], [form for _, form in described]
 

@@ -43,5 +43,5 @@ class Root:
 
     @property
     def exists(self) -> TensorVariable:
-        """Whether the matrix that was factorised is positive definite: ``(n,n)->()``."""
-        return pt.all(pt.diagonal(self.chol, axis1=-2, axis2=-1) > 0, axis=-1)
+        """Whether the matrix that ``chol`` is the root of is positive definite: ``(n,n)->()``."""
+        return pt.all(pt.abs(pt.diagonal(self.chol, axis1=-2, axis2=-1)) > 0, axis=-1)

@@ -45,6 +45,31 @@ def kron_factors(var: TensorVariable) -> tuple[TensorVariable, ...] | None:
     return tuple(factor.mT if transposed else factor for factor in factors)
 
 
+def square_kron_factors(
+    var: TensorVariable, *, real: bool = False
+) -> tuple[TensorVariable, ...] | None:
+    """Return the factors as `kron_factors` does, if they may be square, or None.
+
+    Known shapes decide; where they don't, a product of rectangular factors is singular anyway.
+    None too for booleans and factors known to be empty, which have no linear algebra to save,
+    and with `real` for complex ones.
+    """
+    factors = kron_factors(var)
+    kinds = "fiu" if real else "fciu"
+    if (
+        factors is None
+        or var.type.numpy_dtype.kind not in kinds
+        or any(is_provably_not_square(factor) or is_empty(factor) for factor in factors)
+    ):
+        return None
+    return factors
+
+
+def is_empty(var: TensorVariable) -> bool:
+    """Whether the static shape shows that an array has no entries."""
+    return 0 in var.type.shape
+
+
 def _factors_of_product(var: TensorVariable) -> tuple[TensorVariable, ...] | None:
     match var.owner_op_and_inputs:
         case (KroneckerProduct() as kron, *operands):

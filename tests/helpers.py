@@ -106,7 +106,9 @@ def largest_computed_size(inputs, outputs, values, *, mode="NUMBA"):
         for (value,) in thunk.outputs:
             largest = max(largest, np.size(value))
 
-    optimizer = get_mode(mode).excluding("fusion", "inplace").provided_optimizer
+    # Inner graphs are compiled for the linkers that PyTensor knows
+    excluded = ("fusion", "inplace", "ofg_inner_graph")
+    optimizer = get_mode(mode).excluding(*excluded).provided_optimizer
     mode = Mode(linker=WrapLinker([PerformLinker()], measure), optimizer=optimizer)
     pm.compile(inputs, outputs, mode=mode, on_unused_input="ignore", random_seed=1)(*values)
     return largest

@@ -146,6 +146,31 @@ def test_batched_covariances():
     assert largest_computed_size([], model["x"], [], mode=PY) == 5 * 9
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_dtype_of_the_variable(dtype):
+    observed = Y[:12].astype(dtype)
+    with pm.Model() as model:
+        cov = kron(pt.as_tensor(A), B)
+        y = pm.MvNormal("y", np.zeros(12), cov, dtype=dtype, observed=observed)
+    assert pm.draw(y, random_seed=1, mode=PY).dtype == dtype
+    expected = pm.logp(pm.MvNormal.dist(np.zeros(12), np.kron(A, B)), observed.astype(float))
+    logp = model.compile_logp(mode=PY)(model.initial_point())
+    assert_allclose(logp, expected.eval(mode=PY), rtol=1e-10)
+
+
+def test_chol_with_a_negative_diagonal():
+    # PyMC squares what is given
+    L = np.array([[1.3, 0.0], [0.4, -0.9]])
+    chols = {"kron": kron(pt.as_tensor(L), np.linalg.cholesky(B))}
+    chols["dense"] = np.kron(L, np.linalg.cholesky(B))
+    logps = {}
+    for name, chol in chols.items():
+        with pm.Model() as model:
+            pm.MvNormal("y", np.zeros(6), chol=chol, observed=Y[:6])
+        logps[name] = model.compile_logp(mode=PY)({})
+    assert_allclose(logps["kron"], logps["dense"], rtol=1e-10)
+
+
 @pytest.mark.parametrize(
     "cov",
     [

@@ -54,6 +54,8 @@ def sample(kind, nuts_sampler, *, seed, draws=1000):
             random_seed=seed,
             progressbar=False,
             nuts_sampler=nuts_sampler,
+            # One device, however many chains
+            nuts_sampler_kwargs={"chain_method": "vectorized"} if nuts_sampler == "numpyro" else {},
             target_accept=0.9,
         )
 

@@ -104,19 +104,19 @@ class KroneckerMvNormalRV(SymbolicRandomVariable):
         super().__init__(*args, **kwargs)
 
     @classmethod
-    def rv_op(cls, mu, *factors, forms: Sequence[Form], size=None, rng=None):
+    def rv_op(cls, mu, *factors, forms: Sequence[Form], size=None, rng=None, dtype=None):
         mu = pt.as_tensor_variable(mu)
         factors = tuple(map(pt.as_tensor_variable, factors))
         rng = normalize_rng_param(rng)
         size = normalize_size_param(size)
 
-        batch_shape = size
         if rv_size_is_none(size):
+            # PyMC resizes a variable by its size, which therefore has to be there
             ndims_params = [1, *(2 for _ in factors)]
-            batch_shape = implicit_size_from_params(mu, *factors, ndims_params=ndims_params)
+            size = implicit_size_from_params(mu, *factors, ndims_params=ndims_params)
         sizes = column_sizes(factors)
         next_rng, z = pt.random.normal(
-            size=(*batch_shape, math.prod(sizes)), rng=rng, return_next_rng=True
+            size=(*size, math.prod(sizes)), rng=rng, return_next_rng=True
         )
         colors = [root.color for root in map(covariance_root, factors, forms)]
         batch_ndim = factors_batch_ndim(factors)
@@ -125,18 +125,20 @@ class KroneckerMvNormalRV(SymbolicRandomVariable):
         core_shapes = ",".join(f"(n{i},n{i})" for i in range(len(factors)))
         return cls(
             inputs=[rng, size, mu, *factors],
-            outputs=[next_rng, draws.astype(pytensor.config.floatX)],
+            outputs=[next_rng, draws.astype(dtype or pytensor.config.floatX)],
             forms=tuple(forms),
             extended_signature=f"[rng],[size],(n),{core_shapes}->[rng],(n)",
         )(rng, size, mu, *factors)
 
     def rebuild_rv(self, *args, **kwargs):
-        return self.rv_op(*args, forms=self.forms, **kwargs)
+        return self.rv_op(*args, forms=self.forms, dtype=self.output_types[1].dtype, **kwargs)
 
 
 @_logprob.register(KroneckerMvNormalRV)
 def kronecker_mvnormal_logp(op, values, rng, size, mu, *factors, **kwargs):
     [value] = values
+    _check_length("value", value, column_sizes(factors))
+    _check_batch_shape(value, op.output_types[1].shape)
     exist = [root.exists for root in map(covariance_root, factors, op.forms)]
     return check_parameters(
         rewritten_logp(value, mu, factors, op.forms),
@@ -297,16 +299,16 @@ def _read_factors(covs, chols, taus) -> tuple[list[TensorVariable], list[Form]]:
             )
         lists[form] = matrices
 
-    lengths = {f"len({form}s) = {len(matrices)}" for form, matrices in lists.items()}
     if not any(map(len, lists.values())):
         raise ValueError(
             "KroneckerMvNormal has no factors: pass their covariances (covs), Cholesky factors "
             "(chols) or precisions (taus), for example covs=[K_space, K_time]."
         )
     if len({len(matrices) for matrices in lists.values()}) > 1:
+        lengths = [f"len({form}s) = {len(matrices)}" for form, matrices in lists.items()]
         raise ValueError(
             "covs, chols and taus must have one entry a factor each, with None where another "
-            f"list describes the factor, got {', '.join(sorted(lengths))}."
+            f"list describes the factor, got {', '.join(lengths)}."
         )
 
     factors: list[TensorVariable] = []
@@ -343,27 +345,47 @@ def _read_factor(name: str, matrix: TensorLike) -> TensorVariable:
 
 def _read_mu(mu: TensorLike, sizes: Sequence[Size]) -> TensorVariable:
     mu = pt.atleast_1d(pt.as_tensor_variable(mu))
-    N, length = math.prod(sizes), mu.type.shape[-1]
-    if isinstance(N, int) and length not in (None, 1, N):
-        raise ValueError(
-            f"The last dimension of mu must be 1 or N = {_show_product(sizes)}, the number of "
-            f"cells of the grid, got mu of shape {_show(mu.type.shape)}."
-        )
+    if mu.type.numpy_dtype.kind == "c":
+        raise ValueError(f"mu must be real, got dtype {mu.type.dtype}.")
+    _check_length("mu", mu, sizes, broadcasts=True)
     return mu
+
+
+def _check_length(
+    name: str, vector: TensorVariable, sizes: Sequence[Size], *, broadcasts: bool = False
+) -> None:
+    N, length = math.prod(sizes), vector.type.shape[-1]
+    if isinstance(N, int) and length not in ((None, 1, N) if broadcasts else (None, N)):
+        raise ValueError(
+            f"The last dimension of {name} must be {'1 or ' if broadcasts else ''}"
+            f"N = {_show_product(sizes)}, the number of cells of the grid, "
+            f"got {name} of shape {_show(vector.type.shape)}."
+        )
+
+
+def _check_batch_shape(value: TensorVariable, shape: Sequence[int | None]) -> None:
+    """Check that the static batch shape of a value broadcasts against that of the variable."""
+    batches = zip(reversed(value.type.shape[:-1]), reversed(shape[:-1]), strict=False)
+    if any(None not in sizes and 1 not in sizes and len(set(sizes)) > 1 for sizes in batches):
+        raise ValueError(
+            f"A value of shape {_show(value.type.shape)} doesn't broadcast against a variable of "
+            f"shape {_show(shape)}. The size of the variable, and the batch dimensions of its "
+            "parameters, must be those of the observations."
+        )
 
 
 def _check_shape(shape, sizes: Sequence[Size]) -> None:
     """Check the last entry of ``shape``, which may come from observed data or dims."""
-    N = math.prod(sizes)
-    if shape is None or not isinstance(N, int):
+    known = [size for size in map(_current_length, sizes) if size is not None]
+    if not isinstance(shape, int | list | tuple) or len(known) < len(sizes):
         return
-    shape = shape if isinstance(shape, list | tuple) else (shape,)
+    shape = [shape] if isinstance(shape, int) else shape
     length = _current_length(shape[-1]) if shape else "()"
-    if length not in (None, N):
+    if length not in (None, math.prod(known)):
         raise ValueError(
-            f"The last dimension of shape, dims or observed must be N = {_show_product(sizes)}, "
-            f"the number of cells of the grid, got {length}. A grid of "
-            "observations goes in as observed=grid.ravel(), with the first factor's axis first."
+            f"The last dimension of shape, dims or observed must be N = {_show_product(known)}, "
+            f"the number of cells of the grid, got {length}. A grid of observations goes in as "
+            "observed=grid.ravel(), with the first factor's axis first."
         )
 
 

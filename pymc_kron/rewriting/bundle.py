@@ -13,8 +13,11 @@ from pytensor.graph.rewriting.basic import (
     GraphRewriter,
     NodeProcessingGraphRewriter,
     NodeRewriter,
+    copy_stack_trace,
 )
 from pytensor.graph.rewriting.db import LocalGroupDB, TopoDB
+from pytensor.tensor.basic import atleast_Nd
+from pytensor.tensor.variable import TensorVariable
 
 PHASES = ("canonicalize", "stabilize")
 
@@ -38,6 +41,13 @@ def register_kron(rewriter: NodeRewriter) -> NodeRewriter:
     tags = tags_of(name, "fast_run", "fast_compile", *PHASES)
     kron_rewrites_db.register(name, rewriter, *tags)
     return rewriter
+
+
+def as_replacement(old_out: TensorVariable, new_out: TensorVariable) -> TensorVariable:
+    """Give a new output the rank, the dtype and the stack trace of the one it replaces."""
+    new_out = atleast_Nd(new_out, n=old_out.type.ndim).astype(old_out.type.dtype)
+    copy_stack_trace(old_out, new_out)
+    return new_out
 
 
 def register_bundle() -> None:

@@ -1,18 +1,21 @@
 """``log|det(A (x) B)| = n_B log|det A| + n_A log|det B|``: never the product itself."""
 
+from math import prod
+
 from pytensor import tensor as pt
-from pytensor.graph.rewriting.basic import copy_stack_trace, node_rewriter
+from pytensor.graph.rewriting.basic import node_rewriter
 from pytensor.scalar.basic import Abs, Log, Sign
-from pytensor.tensor.basic import atleast_Nd
 from pytensor.tensor.elemwise import Elemwise
 from pytensor.tensor.linalg.summary import Det
 from pytensor.tensor.rewriting.blockwise import blockwise_of
 from pytensor.tensor.rewriting.linalg.utils import clients_through_expand_dims
 
 from pymc_kron.linalg import factor_slogdet, kron_slogdet, triangular_slogdet
-from pymc_kron.rewriting.bundle import register_kron
+from pymc_kron.rewriting.bundle import as_replacement, register_kron
 from pymc_kron.rewriting.facts import root_of
 from pymc_kron.structure import (
+    column_sizes,
+    is_empty,
     is_positive_definite,
     is_provably_not_square,
     is_triangular,
@@ -31,13 +34,12 @@ def det_of_kron(fgraph, node):
     [K] = node.inputs
     [det] = node.outputs
     factors = kron_factors(K)
-    if factors is None:
+    if factors is None or any(map(is_empty, factors)) or K.type.numpy_dtype.kind == "b":
         return None
     if any(map(is_provably_not_square, factors)):
-        # A square product of rectangular factors has not the full rank
-        zero = pt.zeros_like(K[..., 0, 0], dtype=det.type.dtype)
-        copy_stack_trace(det, zero)
-        return [zero]
+        # A square product of rectangular factors has not the full rank, unless it is empty
+        is_one = pt.eq(prod(column_sizes(factors)), 0)
+        return [as_replacement(det, pt.full(tuple(K.shape)[:-2], is_one))]
 
     sign, logabsdet = kron_slogdet(factors, [_slogdet(fgraph, factor) for factor in factors])
     values = {det: sign * pt.exp(logabsdet)}
@@ -55,12 +57,7 @@ def det_of_kron(fgraph, node):
                         case (Elemwise(scalar_op=Log()), log_abs_of_det):
                             values[log_abs_of_det] = logabsdet
 
-    replacements = {}
-    for old_out, value in values.items():
-        new_out = atleast_Nd(value, n=old_out.type.ndim).astype(old_out.type.dtype)
-        copy_stack_trace(old_out, new_out)
-        replacements[old_out] = new_out
-    return replacements
+    return {old_out: as_replacement(old_out, value) for old_out, value in values.items()}
 
 
 def _slogdet(fgraph, factor):

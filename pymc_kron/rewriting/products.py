@@ -1,13 +1,12 @@
 """``(A (x) B) vec(X) = vec(A X B')``: one small product a factor."""
 
-from pytensor.graph.rewriting.basic import copy_stack_trace, node_rewriter
-from pytensor.tensor.basic import atleast_Nd
+from pytensor.graph.rewriting.basic import node_rewriter
 from pytensor.tensor.math import Dot
 from pytensor.tensor.rewriting.blockwise import blockwise_of
 
 from pymc_kron.linalg import kron_matmul
-from pymc_kron.rewriting.bundle import register_kron
-from pymc_kron.structure import kron_factors
+from pymc_kron.rewriting.bundle import as_replacement, register_kron
+from pymc_kron.structure import is_empty, kron_factors
 
 
 @register_kron
@@ -22,11 +21,11 @@ def matmul_of_kron(fgraph, node):
     left_factors, right_factors = kron_factors(left), kron_factors(right)
     if (left_factors is None) == (right_factors is None):
         return None
+    if any(map(is_empty, (left, right))) or old_out.type.numpy_dtype.kind == "b":
+        return None
     if left_factors is not None:
         new_out = kron_matmul(left_factors, right, x_ndim=2)
     else:
         # X K = (K' X')'
         new_out = kron_matmul([factor.mT for factor in right_factors], left.mT, x_ndim=2).mT
-    new_out = atleast_Nd(new_out, n=old_out.type.ndim).astype(old_out.type.dtype)
-    copy_stack_trace(old_out, new_out)
-    return [new_out]
+    return [as_replacement(old_out, new_out)]

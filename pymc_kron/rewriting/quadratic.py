@@ -1,9 +1,8 @@
 """``x' (A (x) B)^-1 x = |(L_A^-1 (x) L_B^-1) x|^2``: one sweep over the factors, not two."""
 
-from pytensor.graph.rewriting.basic import copy_stack_trace, node_rewriter
+from pytensor.graph.rewriting.basic import node_rewriter
 from pytensor.graph.rewriting.unify import OpPattern
 from pytensor.scalar.basic import Mul
-from pytensor.tensor.basic import atleast_Nd
 from pytensor.tensor.elemwise import DimShuffle, Elemwise
 from pytensor.tensor.linalg.solvers.general import Solve
 from pytensor.tensor.math import Dot, Sum
@@ -11,9 +10,9 @@ from pytensor.tensor.rewriting.blockwise import blockwise_of
 from pytensor.tensor.rewriting.linalg.utils import strip_left_expand_dims_and_transpose
 
 from pymc_kron.linalg import factors_batch_ndim, sum_of_squares
-from pymc_kron.rewriting.bundle import register_kron
+from pymc_kron.rewriting.bundle import as_replacement, register_kron
 from pymc_kron.rewriting.facts import positive_definite_factors, root_of
-from pymc_kron.structure import column_sizes, is_provably_not_square, kron_factors
+from pymc_kron.structure import column_sizes, is_empty, square_kron_factors
 
 
 @register_kron
@@ -25,13 +24,8 @@ def whitened_norm_of_kron_solve(fgraph, node):
     is used for nothing else, since it would have to be computed all the same.
     """
     K, b = node.inputs
-    factors = kron_factors(K)
-    if (
-        factors is None
-        or any(map(is_provably_not_square, factors))
-        or K.type.numpy_dtype.kind == "c"
-        or b.type.numpy_dtype.kind == "c"
-    ):
+    factors = square_kron_factors(K, real=True)
+    if factors is None or is_empty(b) or b.type.numpy_dtype.kind == "c":
         return None
     form = _quadratic_form_in(fgraph, node)
     if form is None:
@@ -43,10 +37,7 @@ def whitened_norm_of_kron_solve(fgraph, node):
     norms = sum_of_squares(
         [root.whiten for root in roots], sizes, b, batch_ndim=factors_batch_ndim(factors)
     )
-    new_out = atleast_Nd(norms.sum(axis=batch_axes), n=old_out.type.ndim)
-    new_out = new_out.astype(old_out.type.dtype)
-    copy_stack_trace(old_out, new_out)
-    return {old_out: new_out}
+    return {old_out: as_replacement(old_out, norms.sum(axis=batch_axes))}
 
 
 def _quadratic_form_in(fgraph, solve_node):

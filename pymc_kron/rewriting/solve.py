@@ -3,8 +3,7 @@
 from functools import partial
 
 from pytensor import tensor as pt
-from pytensor.graph.rewriting.basic import copy_stack_trace, node_rewriter
-from pytensor.tensor.basic import atleast_Nd
+from pytensor.graph.rewriting.basic import node_rewriter
 from pytensor.tensor.linalg.solvers.core import SolveBase
 from pytensor.tensor.linalg.solvers.general import Solve
 from pytensor.tensor.linalg.solvers.psd import CholeskySolve
@@ -12,9 +11,9 @@ from pytensor.tensor.linalg.solvers.triangular import SolveTriangular
 from pytensor.tensor.rewriting.blockwise import blockwise_of
 
 from pymc_kron.linalg import kron_solve
-from pymc_kron.rewriting.bundle import register_kron
+from pymc_kron.rewriting.bundle import as_replacement, register_kron
 from pymc_kron.rewriting.facts import positive_definite_factors
-from pymc_kron.structure import is_provably_not_square, kron_factors
+from pymc_kron.structure import is_empty, square_kron_factors
 
 
 @register_kron
@@ -29,8 +28,8 @@ def solve_of_kron(fgraph, node):
     """
     K, b = node.inputs
     [old_out] = node.outputs
-    factors = kron_factors(K)
-    if factors is None or any(map(is_provably_not_square, factors)):
+    factors = square_kron_factors(K)
+    if factors is None or is_empty(b):
         return None
 
     match node.op.core_op:
@@ -53,6 +52,4 @@ def solve_of_kron(fgraph, node):
             return None
 
     new_out = kron_solve(factors, b, solve, b_ndim=node.op.core_op.b_ndim)
-    new_out = atleast_Nd(new_out, n=old_out.type.ndim).astype(old_out.type.dtype)
-    copy_stack_trace(old_out, new_out)
-    return [new_out]
+    return [as_replacement(old_out, new_out)]

@@ -11,6 +11,7 @@ import pytest
 import scipy.stats
 from numpy.testing import assert_allclose
 from pymc.distributions.moments import mean
+from pymc.distributions.shape_utils import change_dist_size
 from pymc.logprob.utils import ParameterValueError
 from pymc.testing import (
     BaseTestDistributionRandom,
@@ -372,6 +373,8 @@ def test_support_point_and_mean(sizes):
             ValueError,
             "must be N = 2 * 3 = 6, the number of cells of the grid, got 7",
         ),
+        ({"mu": 1j, "covs": [np.eye(2)]}, ValueError, "mu must be real, got dtype complex128"),
+        ({"covs": [np.eye(2)], "shape": np.array([3, 2])}, ValueError, "The `shape` parameter"),
         ({"covs": [np.eye(2)], "shape": ()}, ValueError, "must be N = 2, the number of cells"),
         ({"covs": [np.eye(2)], "shape": 3}, ValueError, "must be N = 2, the number of cells"),
     ],
@@ -379,6 +382,51 @@ def test_support_point_and_mean(sizes):
 def test_errors(kwargs, error, message):
     with pytest.raises(error, match=re.escape(message)):
         KroneckerMvNormal.dist(**kwargs)
+
+
+def test_values_that_do_not_fit():
+    rv = KroneckerMvNormal.dist(0, [np.eye(2), np.eye(3)], size=(4,))
+    with pytest.raises(ValueError, match=r"value must be N = 2 \* 3 = 6, .* shape \(4, 5\)"):
+        pm.logp(rv, np.zeros((4, 5)))
+    with pytest.raises(ValueError, match=r"shape \(3, 6\) doesn't broadcast .* shape \(4, 6\)"):
+        pm.logp(rv, np.zeros((3, 6)))
+
+
+def test_factors_that_are_data():
+    with pm.Model():
+        cov = pm.Data("cov", np.eye(2))
+        with pytest.raises(ValueError, match=r"must be N = 2 \* 3 = 6, .* got 7"):
+            KroneckerMvNormal("y", 0, [cov, np.eye(3)], observed=np.zeros(7))
+        y = KroneckerMvNormal("y", 0, [cov, np.eye(3)])
+        pm.set_data({"cov": np.eye(4)})
+        assert pm.draw(y, random_seed=1, mode=PY).shape == (12,)
+
+
+@pytest.mark.parametrize("size", [None, (4,)])
+@pytest.mark.parametrize(
+    ("mu_batch", "factor_batch"), [((4,), ()), ((), (4,)), ((1,), (4,))], ids=str
+)
+def test_resizing(mu_batch, factor_batch, size):
+    _, covs, _ = case((2, 3), "covs", batches=[factor_batch, ()])
+    rv = KroneckerMvNormal.dist(np.zeros((*mu_batch, 6)), covs, size=size)
+    for expand, shape in ((True, (3, 4, 6)), (False, (4, 6))):
+        new_size = (3,) if expand else (4,)
+        resized = change_dist_size(rv, new_size, expand=expand)
+        assert pm.draw(resized, random_seed=1, mode=PY).shape == shape
+
+
+def test_dtype():
+    rv = KroneckerMvNormal.dist(0, [np.eye(2), np.eye(3)], dtype="float32")
+    assert rv.type.dtype == "float32"
+    assert change_dist_size(rv, (2,)).type.dtype == "float32"
+
+
+def test_a_chol_with_a_negative_diagonal_is_a_root_of_the_same_covariance():
+    L, B = np.array([[1.3, 0.0], [0.4, -0.9]]), np.eye(3) + 0.2
+    rv = KroneckerMvNormal.dist(0, [None, B], chols=[L, None])
+    x = np.arange(6.0)
+    expected = scipy.stats.multivariate_normal(np.zeros(6), np.kron(L @ L.T, B)).logpdf(x)
+    assert_allclose(pm.logp(rv, x).eval(mode=PY), expected, rtol=1e-10)
 
 
 def test_errors_in_a_model():
@@ -406,10 +454,12 @@ def test_a_factor_that_is_not_positive_definite(forms_name):
     logp = pm.logp(KroneckerMvNormal.dist(0, **covs_chols_taus(forms, arrays)), np.zeros(6))
     function = compile_py([s], logp)
     assert np.isfinite(function(1.0))
+    # A triangular root of either sign has a positive definite square
+    bad = 0.0 if forms[1] == "chol" else -1.0
     with pytest.raises(ParameterValueError, match="posdef covariance"):
-        function(-1.0)
+        function(bad)
     # While sampling, the check is a log-density of minus infinity
-    assert pm.compile([s], logp, mode=PY)(-1.0) == -np.inf
+    assert pm.compile([s], logp, mode=PY)(bad) == -np.inf
 
 
 def test_two_negative_definite_factors_are_refused_too():

@@ -91,6 +91,28 @@ def test_singular_factor():
     assert_allclose(result, [0, -np.inf, 0])
 
 
+@pytest.mark.parametrize(
+    ("shapes", "static"),
+    [
+        (((0, 0), (2, 2)), True),
+        (((0, 0), (2, 2)), False),
+        (((2, 2), (0, 0)), True),
+        (((2, 2), (0, 0)), False),
+        # Only static shapes show that these are not square
+        (((0, 2), (2, 0)), True),
+    ],
+    ids=str,
+)
+def test_the_determinant_of_an_empty_product_is_one(shapes, static):
+    arrays = [np.zeros(shape) for shape in shapes]
+    factors = [
+        pt.tensor(f"A{i}", shape=shape if static else (None, None))
+        for i, shape in enumerate(shapes)
+    ]
+    det = pt.linalg.det(pt.linalg.kron(*factors))
+    assert compile_py(factors, det, mode=PY.excluding("det_of_kronecker"))(*arrays) == 1
+
+
 def test_batches():
     rng = np.random.default_rng(7)
     arrays = [random_spd(rng, 3, batch=(4, 1)), random_spd(rng, 2, batch=(5,)), random_spd(rng, 2)]

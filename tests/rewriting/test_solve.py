@@ -306,6 +306,29 @@ def test_refuses_factors_that_are_not_square():
     refused(b @ pt.linalg.solve(K, b, assume_a="pos"), [A, B, b])
 
 
+@pytest.mark.parametrize("dtype", ["bool", "float64"])
+def test_refuses_booleans_and_what_is_known_to_be_empty(dtype):
+    shape = (2, 2) if dtype == "bool" else (0, 0)
+    A, B = pt.tensor("A", dtype=dtype, shape=shape), pt.tensor("B", dtype=dtype, shape=(3, 3))
+    K, b = pt.linalg.kron(A, B), pt.dvector("b")
+    refused(pt.linalg.solve(K, b), [A, B, b])
+    refused(b @ pt.linalg.solve(K, b, assume_a="pos"), [A, B, b])
+    refused(pt.linalg.cholesky(K), [A, B])
+
+
+@pytest.mark.parametrize("assume_a", ["gen", "pos"])
+@pytest.mark.parametrize("empty", [0, 1])
+def test_empty_factors(empty, assume_a):
+    arrays = [np.eye(2), np.eye(3)]
+    arrays[empty] = np.empty((0, 0))
+    A, B, b = pt.dmatrix("A"), pt.dmatrix("B"), pt.dvector("b")
+    solution = pt.linalg.solve(pt.linalg.kron(A, B), b, assume_a=assume_a)
+    function = compile_py([A, B, b], [solution, b @ solution])
+    result, quadratic_form = function(*arrays, np.empty(0))
+    assert result.shape == (0,)
+    assert quadratic_form == 0
+
+
 def test_refuses_three_dimensional_kron():
     # Multiplies the leading dimensions instead of batching over them
     A, B, b = pt.dtensor3("A"), pt.dtensor3("B"), pt.dvector("b")
