@@ -64,7 +64,11 @@ def dense_logp(
     ``-1/2 (x - mu)' K^-1 (x - mu) - 1/2 log|K| - N/2 log(2 pi)``, with the dense ``K``: the
     formula that `rewritten_logp` turns into the one that is computed.
     """
-    K = kron(*map(covariance, factors, forms))
+    covs = list(map(covariance, factors, forms))
+    if len(covs) == 1:
+        # The bundle is for products, and K = K (x) 1 is one
+        covs.append(pt.eye(1, dtype=covs[0].type.dtype))
+    K = kron(*covs)
     delta = value - mu
     quadratic_form = (delta * pt.linalg.solve(K, delta, assume_a="pos", b_ndim=1)).sum(axis=-1)
     _, logdet = pt.linalg.slogdet(K)
