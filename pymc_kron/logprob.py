@@ -11,7 +11,6 @@ from pytensor.graph.basic import Apply, Variable
 from pytensor.graph.fg import FunctionGraph
 from pytensor.graph.rewriting.basic import dfs_rewriter, node_rewriter
 from pytensor.tensor.random.basic import MvNormalRV
-from pytensor.tensor.rewriting.linalg.utils import strip_left_expand_dims_and_transpose
 from pytensor.tensor.variable import TensorVariable
 
 from pymc_kron.distributions.kronecker_mvnormal import Form, KroneckerMvNormalRV
@@ -23,6 +22,7 @@ from pymc_kron.structure import (
     inverted_matrix,
     is_lower_triangular,
     square_kron_factors,
+    strip_transposes,
 )
 
 
@@ -63,7 +63,7 @@ def _kronecker_parametrization(
     PyMC writes ``chol=L`` as ``cov=L @ L.T`` and ``tau=Q`` as ``cov=inv(Q)``; the factors of a
     covariance may be written in these ways too.
     """
-    cov, _ = strip_left_expand_dims_and_transpose(cov)
+    cov, _ = strip_transposes(cov)
     matrix, form = _matrix_and_form(fgraph, cov)
     factors = square_kron_factors(matrix, real=True)
     if factors is None:

@@ -1,6 +1,6 @@
 """Reading a graph: which variable is a Kronecker product, and of which factors.
 
-Everything here only looks; nothing is built except transposes of factors.
+Everything here only looks; nothing is built except transposes and multiples of factors.
 """
 
 from collections.abc import Sequence

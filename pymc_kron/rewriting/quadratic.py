@@ -7,12 +7,11 @@ from pytensor.tensor.elemwise import DimShuffle, Elemwise
 from pytensor.tensor.linalg.solvers.general import Solve
 from pytensor.tensor.math import Dot, Sum
 from pytensor.tensor.rewriting.blockwise import blockwise_of
-from pytensor.tensor.rewriting.linalg.utils import strip_left_expand_dims_and_transpose
 
 from pymc_kron.linalg import factors_batch_ndim, sum_of_squares
 from pymc_kron.rewriting.bundle import as_replacement, register_kron
 from pymc_kron.rewriting.facts import positive_definite_factors, root_of
-from pymc_kron.structure import column_sizes, is_empty, square_kron_factors
+from pymc_kron.structure import column_sizes, is_empty, square_kron_factors, strip_transposes
 
 
 @register_kron
@@ -56,10 +55,11 @@ def _quadratic_form_in(fgraph, solve_node):
                 sum_node is not None
                 and isinstance(sum_node.op, Sum)
                 and client.out.type.ndim == x.type.ndim
-                and _same_up_to_left_dims(_other_input(client, x), b)
+                and strip_transposes(_other_input(client, x)) == strip_transposes(b)
             ):
                 vector_axis = x.type.ndim - 1
-                axes = sum_node.op.axis or tuple(range(x.type.ndim))
+                axes = sum_node.op.axis
+                axes = tuple(range(x.type.ndim)) if axes is None else axes
                 if vector_axis in axes:
                     return sum_node.out, tuple(axis for axis in axes if axis != vector_axis)
         case DimShuffle(is_expand_dims=True) if x.type.ndim == 1:
@@ -87,9 +87,3 @@ def _only_client(fgraph, var):
         case [(client, _)]:
             return client
     return None
-
-
-def _same_up_to_left_dims(x, y):
-    x_core, x_transposed = strip_left_expand_dims_and_transpose(x)
-    y_core, y_transposed = strip_left_expand_dims_and_transpose(y)
-    return x_core is y_core and x_transposed == y_transposed

@@ -3,9 +3,12 @@ import pytensor.tensor as pt
 import pytest
 from numpy.testing import assert_allclose
 from pytensor.assumptions.specify import assume
+from pytensor.graph.fg import FunctionGraph
 from pytensor.tensor.linalg.inverse import MatrixInverse
 from pytensor.tensor.linalg.solvers.triangular import SolveTriangular
+from pytensor.tensor.math import Sum
 
+from pymc_kron.rewriting import bundle_rewriter
 from tests.helpers import (
     PY,
     compile_py,
@@ -92,6 +95,8 @@ def test_a_solution_that_is_used_elsewhere_is_solved_for():
         lambda x, y, solution: (solution * solution).sum(),
         lambda x, y, solution: (x * solution)[:3].sum(),
         lambda x, y, solution: pt.outer(x, solution),
+        # A sum over no axis at all
+        lambda x, y, solution: Sum(axis=())(x * solution),
     ],
 )
 def test_what_only_looks_like_a_quadratic_form(bilinear):
@@ -103,3 +108,16 @@ def test_what_only_looks_like_a_quadratic_form(bilinear):
     dense = compile_py([A, B, x, y], bilinear(x, y, solution), mode=PY.excluding("kron"))
     assert not has_kron(function.maker.fgraph)
     assert_allclose(function(*values), dense(*values), rtol=1e-10)
+
+
+def test_a_sum_over_no_axis_is_left_to_the_solve():
+    # PyTensor drops such a sum before the bundle runs in a compiled function
+    inputs = A, B, x = pt.dmatrix("A"), pt.dmatrix("B"), pt.dvector("x")
+    solution = pt.linalg.solve(pt.linalg.kron(A, B), x, assume_a="pos")
+    fgraph = FunctionGraph(inputs, [Sum(axis=())(x * solution)], clone=False)
+    bundle_rewriter().rewrite(fgraph)
+    assert not has_kron(fgraph)
+    rng = np.random.default_rng(5)
+    arrays, value = [random_spd(rng, 3), random_spd(rng, 2)], rng.normal(size=6)
+    result = fgraph.outputs[0].eval(dict(zip(inputs, [*arrays, value], strict=True)), mode=PY)
+    assert_allclose(result, value * np.linalg.solve(dense_kron(*arrays), value), rtol=1e-10)
