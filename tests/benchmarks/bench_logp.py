@@ -43,16 +43,27 @@ def model(implementation, n):
     return model
 
 
+def trusting(inputs, outputs, **kwargs):
+    """Compile a function that doesn't check its arguments."""
+    function = pm.compile(inputs, outputs, **kwargs)
+    function.trust_input = True
+    return function
+
+
+def model_function(implementation, n, *, with_gradient):
+    """Return a compiled model and the point to evaluate it at."""
+    kronecker = model(implementation, n)
+    outputs = [kronecker.logp(), *([kronecker.dlogp()] if with_gradient else [])]
+    return trusting(kronecker.value_vars, outputs), np.log(LENGTH_SCALES)
+
+
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("n", SIZES)
 @pytest.mark.parametrize("work", ["logp", "logp and gradient"])
 def bench_model(benchmark, work, n, implementation):
     benchmark.group = f"{work} in two length-scales, {n} x {n} cells"
-    kronecker = model(implementation, n)
-    outputs = [kronecker.logp()] + ([kronecker.dlogp()] if "gradient" in work else [])
-    function = pm.compile(kronecker.value_vars, outputs)
-    function.trust_input = True
-    benchmark.pedantic(function, [np.log(LENGTH_SCALES)], rounds=1000, warmup_rounds=5)
+    function, point = model_function(implementation, n, with_gradient="gradient" in work)
+    benchmark.pedantic(function, [point], rounds=1000, warmup_rounds=5)
 
 
 def scipy_logp(A, B, x):
@@ -68,14 +79,18 @@ def scipy_logp(A, B, x):
     return -0.5 * ddot(w, w) - half_logdet - 0.5 * n * m * np.log(2 * np.pi)
 
 
+def factor_functions(n):
+    """Return the two implementations, each with its arguments, after comparing them."""
+    arrays = [*(np.exp(-lags(n) / scale) for scale in LENGTH_SCALES), values(n)]
+    A, B, x = (pt.tensor(name, shape=a.shape) for name, a in zip("ABx", arrays, strict=True))
+    logp = trusting([A, B, x], pm.logp(KroneckerMvNormal.dist(0, [A, B]), x))
+    np.testing.assert_allclose(logp(*arrays), scipy_logp(*arrays), rtol=1e-10)
+    return {"KroneckerMvNormal": (logp, *arrays), "SciPy": (scipy_logp, *arrays)}
+
+
 @pytest.mark.parametrize("implementation", ["KroneckerMvNormal", "SciPy"])
 @pytest.mark.parametrize("n", SIZES)
 def bench_logp_of_factors(benchmark, n, implementation):
     benchmark.group = f"logp of two given covariances, {n} x {n} cells"
-    arrays = [*(np.exp(-lags(n) / scale) for scale in LENGTH_SCALES), values(n)]
-    A, B, x = (pt.tensor(name, shape=a.shape) for name, a in zip("ABx", arrays, strict=True))
-    logp = pm.compile([A, B, x], pm.logp(KroneckerMvNormal.dist(0, [A, B]), x))
-    logp.trust_input = True
-    np.testing.assert_allclose(logp(*arrays), scipy_logp(*arrays), rtol=1e-10)
-    function = logp if implementation == "KroneckerMvNormal" else scipy_logp
-    benchmark.pedantic(function, arrays, rounds=2000, warmup_rounds=5)
+    function, *arguments = factor_functions(n)[implementation]
+    benchmark.pedantic(function, arguments, rounds=2000, warmup_rounds=5)
