@@ -9,12 +9,12 @@ from pymc.logprob.rewriting import logprob_rewrites_db
 from pytensor.compile.mode import optdb
 from pytensor.graph.basic import Apply, Variable
 from pytensor.graph.fg import FunctionGraph
-from pytensor.graph.rewriting.basic import dfs_rewriter, node_rewriter
+from pytensor.graph.rewriting.basic import dfs_rewriter
 from pytensor.tensor.random.basic import MvNormalRV
 from pytensor.tensor.variable import TensorVariable
 
 from pymc_kron.distributions.kronecker_mvnormal import Form, KroneckerMvNormalRV
-from pymc_kron.rewriting.bundle import tags_of
+from pymc_kron.rewriting.bundle import recorded, tags_of
 from pymc_kron.rewriting.facts import positive_definite_factors
 from pymc_kron.structure import (
     Matrices,
@@ -26,13 +26,13 @@ from pymc_kron.structure import (
 )
 
 
-@node_rewriter([MvNormalRV])
+@recorded([MvNormalRV])
 def mvnormal_of_kron_logp(fgraph, node):
     """MvNormal(mu, cov=A (x) B) -> KroneckerMvNormal(mu, covs=[A, B]), likewise chol and tau"""
     return _as_kronecker_mvnormal(fgraph, node)
 
 
-@node_rewriter([MvNormalRV])
+@recorded([MvNormalRV])
 def mvnormal_of_kron_draws(fgraph, node):
     """MvNormal(mu, cov=A (x) B) -> mu + (chol(A) (x) chol(B)) z, likewise chol and tau
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pytensor.assumptions import (
     LOWER_TRIANGULAR,
     POSITIVE_DEFINITE,
+    SYMMETRIC,
     UPPER_TRIANGULAR,
     check_assumption,
 )
@@ -24,6 +25,23 @@ from pytensor.tensor.variable import TensorVariable
 
 type Matrices = Sequence[TensorVariable]
 type Size = int | TensorVariable
+
+
+class Refusal(Exception):
+    """Why a rewrite leaves a Kronecker product as it is.
+
+    Parameters
+    ----------
+    reason
+        The guard that failed, in words: "factor 2 isn't known to be square".
+    advice
+        What the user can do about it: "give it a static shape".
+    """
+
+    def __init__(self, reason: str, advice: str = ""):
+        super().__init__(f"{reason}: {advice}" if advice else reason)
+        self.reason = reason
+        self.advice = advice
 
 
 def kron_factors(var: TensorVariable) -> tuple[TensorVariable, ...] | None:
@@ -48,21 +66,39 @@ def kron_factors(var: TensorVariable) -> tuple[TensorVariable, ...] | None:
 def square_kron_factors(
     var: TensorVariable, *, real: bool = False
 ) -> tuple[TensorVariable, ...] | None:
-    """Return the factors as `kron_factors` does, if they may be square, or None.
+    """Return the factors as `kron_factors` does, if they may be square.
 
     Known shapes decide; where they don't, a product of rectangular factors is singular anyway.
-    None too for booleans and factors known to be empty, which have no linear algebra to save,
-    and with `real` for complex ones.
+
+    Raises
+    ------
+    Refusal
+        If a factor is known not to be square or to be empty, if the factors are booleans, which
+        have no linear algebra to save, and with `real` if they are complex.
     """
     factors = kron_factors(var)
-    kinds = "fiu" if real else "fciu"
-    if (
-        factors is None
-        or var.type.numpy_dtype.kind not in kinds
-        or any(is_provably_not_square(factor) or is_empty(factor) for factor in factors)
-    ):
+    if factors is None:
         return None
+    refuse_dtype(var, "fiu" if real else "fciu")
+    for i, factor in enumerate(factors, 1):
+        if is_provably_not_square(factor):
+            rows, columns = factor.type.shape[-2:]
+            raise Refusal(
+                f"factor {i} is {rows} x {columns}, not square",
+                "write the identity with the factors themselves",
+            )
+        if is_empty(factor):
+            raise Refusal(f"factor {i} is empty", "there is nothing to save")
     return factors
+
+
+def refuse_dtype(var: TensorVariable, kinds: str) -> None:
+    """Raise a `Refusal` if the dtype isn't of one of the kinds, as NumPy abbreviates them."""
+    if var.type.numpy_dtype.kind not in kinds:
+        raise Refusal(
+            f"the product is of dtype {var.type.dtype}",
+            "cast the factors to floating point numbers",
+        )
 
 
 def is_empty(var: TensorVariable) -> bool:
@@ -158,6 +194,11 @@ def is_provably_not_square(factor: TensorVariable) -> bool:
 def is_positive_definite(fgraph: FunctionGraph, factor: TensorVariable) -> bool:
     """Whether PyTensor's assumptions prove the factor symmetric positive definite."""
     return check_assumption(fgraph, factor, POSITIVE_DEFINITE)
+
+
+def is_symmetric(fgraph: FunctionGraph, factor: TensorVariable) -> bool:
+    """Whether PyTensor's assumptions prove the factor symmetric."""
+    return check_assumption(fgraph, factor, SYMMETRIC)
 
 
 def is_triangular(fgraph: FunctionGraph, factor: TensorVariable) -> bool:

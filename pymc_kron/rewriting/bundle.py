@@ -4,20 +4,34 @@ PyTensor tries the rewrites of a phase in the order of their registration, so th
 ``det_of_kronecker`` would reach a determinant before any node rewrite of ours. A rewrite that
 walks the whole graph runs before all of them, in every iteration of a phase. The bundle is one
 such walk: outputs first, so that a whole expression is seen before its parts, and in the order
-in which the rewrites were added, so that a quadratic form is seen before the solve in it.
+in which the rewrites were added, so that a quadratic form is seen before the solve in it. It is
+repeated until nothing changes, so that an expression whose parts had to be rewritten first is
+seen again before PyTensor's own rewrites give it another form.
 """
+
+from collections.abc import Callable, Sequence
+from functools import wraps
 
 from pytensor.compile.mode import optdb
 from pytensor.configdefaults import config
+from pytensor.graph.basic import Apply, Variable
+from pytensor.graph.fg import FunctionGraph
 from pytensor.graph.rewriting.basic import (
     GraphRewriter,
     NodeProcessingGraphRewriter,
     NodeRewriter,
+    WalkingGraphRewriter,
     copy_stack_trace,
+    node_rewriter,
 )
-from pytensor.graph.rewriting.db import LocalGroupDB, TopoDB
+from pytensor.graph.rewriting.db import LocalGroupDB, RewriteDatabase
 from pytensor.tensor.basic import atleast_Nd
 from pytensor.tensor.variable import TensorVariable
+
+from pymc_kron.rewriting.journal import Refusal, record
+
+type Replacement = Sequence[Variable] | dict[Variable, Variable] | None
+type Transform = Callable[[FunctionGraph, Apply], Replacement]
 
 PHASES = ("canonicalize", "stabilize")
 
@@ -35,12 +49,44 @@ def tags_of(name: str, *tags: str) -> tuple[str, ...]:
     return ("kron",) if excluded & {name, "kron"} else ("kron", *tags)
 
 
-def register_kron(rewriter: NodeRewriter) -> NodeRewriter:
-    """Add a rewrite to the bundle, under its own name and the tag ``kron``."""
-    name = rewriter.__name__
-    tags = tags_of(name, "fast_run", "fast_compile", *PHASES)
-    kron_rewrites_db.register(name, rewriter, *tags)
-    return rewriter
+def recorded(tracks: Sequence) -> Callable[[Transform], NodeRewriter]:
+    """Make a rewrite of a function that may raise `Refusal`, and keep the journal.
+
+    Parameters
+    ----------
+    tracks
+        The operations whose nodes the function is called with.
+    """
+
+    def decorate(transform: Transform) -> NodeRewriter:
+        @wraps(transform)
+        def transform_and_record(fgraph, node):
+            try:
+                replacement = transform(fgraph, node)
+            except Refusal as refusal:
+                record(fgraph, transform.__name__, node, refusal)
+                return None
+            if replacement:
+                record(fgraph, transform.__name__, node)
+            return replacement
+
+        return node_rewriter(tracks)(transform_and_record)
+
+    return decorate
+
+
+def register_kron(*tracks) -> Callable[[Transform], NodeRewriter]:
+    """Add a rewrite of the given operations to the bundle, under its own name and ``kron``."""
+
+    def decorate(transform: Transform) -> NodeRewriter:
+        name = transform.__name__
+        rewriter = recorded(tracks)(transform)
+        kron_rewrites_db.register(
+            name, rewriter, *tags_of(name, "fast_run", "fast_compile", *PHASES)
+        )
+        return rewriter
+
+    return decorate
 
 
 def as_replacement(old_out: TensorVariable, new_out: TensorVariable) -> TensorVariable:
@@ -50,19 +96,43 @@ def as_replacement(old_out: TensorVariable, new_out: TensorVariable) -> TensorVa
     return new_out
 
 
+class BundleWalk(GraphRewriter):
+    """Walk over a graph, outputs first, until the rewrites find nothing more to do."""
+
+    max_walks = 20
+
+    def __init__(self, rewriter: NodeRewriter):
+        self.walk = WalkingGraphRewriter(
+            rewriter, "out_to_in", failure_callback=NodeProcessingGraphRewriter.warn_inplace
+        )
+
+    def add_requirements(self, fgraph):
+        """Attach what the walk needs."""
+        self.walk.add_requirements(fgraph)
+
+    def apply(self, fgraph):
+        """Walk until nothing changes."""
+        for _ in range(self.max_walks):
+            [_, _, replaced, *_] = self.walk.apply(fgraph)
+            if not replaced:
+                break
+
+
+class BundleDB(RewriteDatabase):
+    """Make a `BundleWalk` of the rewrites that a query selects."""
+
+    def query(self, *tags, **kwtags):
+        """Return the walk with the selected rewrites."""
+        return BundleWalk(kron_rewrites_db.query(*tags, **kwtags))
+
+
 def register_bundle() -> None:
     """Register the bundle in PyTensor's database of rewrites, in each of its phases."""
     for phase in PHASES:
         name = f"kron_{phase}"
-        optdb[phase].register(
-            name, _walk(kron_rewrites_db), *tags_of(name, "fast_run", "fast_compile")
-        )
+        optdb[phase].register(name, BundleDB(), *tags_of(name, "fast_run", "fast_compile"))
 
 
 def bundle_rewriter() -> GraphRewriter:
     """Return a rewriter that applies the bundle alone."""
-    return _walk(kron_rewrites_db).query("+kron")
-
-
-def _walk(db: LocalGroupDB) -> TopoDB:
-    return TopoDB(db, order="out_to_in", failure_callback=NodeProcessingGraphRewriter.warn_inplace)
+    return BundleDB().query("+kron")

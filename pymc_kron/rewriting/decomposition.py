@@ -3,7 +3,6 @@
 from functools import partial
 
 from pytensor import tensor as pt
-from pytensor.graph.rewriting.basic import node_rewriter
 from pytensor.tensor.linalg.decomposition.cholesky import Cholesky
 from pytensor.tensor.rewriting.blockwise import blockwise_of
 
@@ -13,8 +12,7 @@ from pymc_kron.rewriting.facts import positive_definite_factors
 from pymc_kron.structure import square_kron_factors
 
 
-@register_kron
-@node_rewriter([blockwise_of(Cholesky)])
+@register_kron(blockwise_of(Cholesky))
 def cholesky_of_kron(fgraph, node):
     """cholesky(A (x) B) -> cholesky(s A) (x) cholesky(s B), s = sign(A[0, 0])"""
     [K] = node.inputs

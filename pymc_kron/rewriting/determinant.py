@@ -3,7 +3,6 @@
 from math import prod
 
 from pytensor import tensor as pt
-from pytensor.graph.rewriting.basic import node_rewriter
 from pytensor.scalar.basic import Abs, Log, Sign
 from pytensor.tensor.elemwise import Elemwise
 from pytensor.tensor.linalg.summary import Det
@@ -23,8 +22,7 @@ from pymc_kron.structure import (
 )
 
 
-@register_kron
-@node_rewriter([blockwise_of(Det)])
+@register_kron(blockwise_of(Det))
 def det_of_kron(fgraph, node):
     """sign, log|.| and log of det(A (x) B), and det(A (x) B) itself -> from factor slogdets
 

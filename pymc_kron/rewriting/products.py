@@ -1,6 +1,5 @@
 """``(A (x) B) vec(X) = vec(A X B')``: one small product a factor."""
 
-from pytensor.graph.rewriting.basic import node_rewriter
 from pytensor.tensor.math import Dot
 from pytensor.tensor.rewriting.blockwise import blockwise_of
 
@@ -9,8 +8,7 @@ from pymc_kron.rewriting.bundle import as_replacement, register_kron
 from pymc_kron.structure import is_empty, kron_factors
 
 
-@register_kron
-@node_rewriter([Dot, blockwise_of(Dot)])
+@register_kron(Dot, blockwise_of(Dot))
 def matmul_of_kron(fgraph, node):
     """(A (x) B) @ X -> A and B applied along the axes of X, and X @ (A (x) B) likewise
 

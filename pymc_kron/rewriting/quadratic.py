@@ -1,6 +1,5 @@
 """``x' (A (x) B)^-1 x = |(L_A^-1 (x) L_B^-1) x|^2``: one sweep over the factors, not two."""
 
-from pytensor.graph.rewriting.basic import node_rewriter
 from pytensor.graph.rewriting.unify import OpPattern
 from pytensor.scalar.basic import Mul
 from pytensor.tensor.elemwise import DimShuffle, Elemwise
@@ -14,8 +13,7 @@ from pymc_kron.rewriting.facts import positive_definite_factors, root_of
 from pymc_kron.structure import column_sizes, is_empty, square_kron_factors, strip_transposes
 
 
-@register_kron
-@node_rewriter([blockwise_of(OpPattern(Solve, assume_a="pos", b_ndim=1))])
+@register_kron(blockwise_of(OpPattern(Solve, assume_a="pos", b_ndim=1)))
 def whitened_norm_of_kron_solve(fgraph, node):
     """x @ solve(A (x) B, x, assume_a="pos") -> |(whiten_A (x) whiten_B) x|^2
 

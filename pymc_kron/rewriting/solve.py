@@ -3,7 +3,6 @@
 from functools import partial
 
 from pytensor import tensor as pt
-from pytensor.graph.rewriting.basic import node_rewriter
 from pytensor.tensor.linalg.solvers.core import SolveBase
 from pytensor.tensor.linalg.solvers.general import Solve
 from pytensor.tensor.linalg.solvers.psd import CholeskySolve
@@ -16,8 +15,7 @@ from pymc_kron.rewriting.facts import positive_definite_factors
 from pymc_kron.structure import is_empty, square_kron_factors
 
 
-@register_kron
-@node_rewriter([blockwise_of(SolveBase)])
+@register_kron(blockwise_of(SolveBase))
 def solve_of_kron(fgraph, node):
     """solve(A (x) B, b) -> (solve(A, .) (x) solve(B, .)) b
 
