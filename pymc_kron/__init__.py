@@ -15,8 +15,15 @@ in the same two ways.
 from pymc_kron import logprob as logprob
 from pymc_kron import rewriting as rewriting
 from pymc_kron.datasets import load_elnino, load_irish_wind
+from pymc_kron.diagnostics import assert_no_dense_kron, explain
 from pymc_kron.distributions import KroneckerMvNormal
 
 __version__ = "0.1.0"
 
-__all__ = ["KroneckerMvNormal", "load_elnino", "load_irish_wind"]
+__all__ = [
+    "KroneckerMvNormal",
+    "assert_no_dense_kron",
+    "explain",
+    "load_elnino",
+    "load_irish_wind",
+]

@@ -68,7 +68,9 @@ def sweep(
     The result is transposed: a vector of the grid enters as a row and leaves as a column.
     Each step maps the last axis and moves it to the front, so that every map sees a matrix
     whose columns it may treat as right-hand sides, and a product of two factors needs no copy
-    between its steps.
+    between its steps. Where known sizes make another order cheaper, the axes are rearranged
+    before and after; the maps are taken to cost as much as a product with a ``(k_i, n_i)``
+    matrix.
 
     Parameters
     ----------
@@ -88,8 +90,40 @@ def sweep(
         batch dimensions are those of `rows` broadcast with those that the maps bring in.
     """
     lead = () if n_rows is None else (n_rows,)
+    axes = visiting_order(in_sizes, out_sizes)[::-1]
+    if axes != sorted(axes):
+        rows = _rearranged(rows, -1, in_sizes, axes)
+        maps = [maps[i] for i in axes]
+        in_sizes, out_sizes = ([sizes[i] for i in axes] for sizes in (in_sizes, out_sizes))
+        columns = sweep(maps, in_sizes, out_sizes, rows, n_rows=n_rows)
+        back = [axes.index(i) for i in range(len(axes))]
+        return _rearranged(columns, -1 - len(lead), out_sizes, back)
     mapped = _sweep_grid(maps, in_sizes, out_sizes, rows, lead)
     return mapped.reshape((*tuple(mapped.shape)[:-2], prod(out_sizes), *lead))
+
+
+def visiting_order(in_sizes: Sequence[Size], out_sizes: Sequence[Size]) -> list[int]:
+    """Return the order in which maps cost the least: last to first unless known sizes differ.
+
+    Map i before map j costs ``k_i n_i n_j + k_i k_j n_j``, after it ``k_j n_j n_i + k_j k_i n_i``
+    (times the sizes of the other axes). Divided by ``n_i n_j k_i k_j``, the former is less if
+    ``1 / n_i - 1 / k_i < 1 / n_j - 1 / k_j``: first what shrinks its axis most.
+    """
+    last_to_first = range(len(in_sizes))[::-1]
+    if not all(isinstance(size, int) and size > 0 for size in (*in_sizes, *out_sizes)):
+        return list(last_to_first)
+    return sorted(last_to_first, key=lambda i: 1 / in_sizes[i] - 1 / out_sizes[i])
+
+
+def _rearranged(
+    x: TensorVariable, axis: int, sizes: Sequence[Size], axes: Sequence[int]
+) -> TensorVariable:
+    """Rearrange the axes of the grid that one axis of an array stands for."""
+    axis %= x.type.ndim
+    before, after = tuple(x.shape)[:axis], tuple(x.shape)[axis + 1 :]
+    grid = x.reshape((*before, *sizes, *after))
+    order = [*range(axis), *(axis + i for i in axes), *range(axis + len(axes), grid.type.ndim)]
+    return grid.transpose(*order).reshape((*before, prod(sizes), *after))
 
 
 def _sweep_grid(
@@ -217,6 +251,16 @@ def kron_matmul(factors: Matrices, x: TensorVariable, *, x_ndim: int = 1) -> Ten
         x,
         batch_ndim=factors_batch_ndim(factors),
     )
+
+
+def kron_of_vectors(vectors: Sequence[TensorVariable]) -> TensorVariable:
+    """Kronecker product of vectors: ``(n1),...,(nd)->(n1*...*nd)``."""
+
+    def outer(a, b):
+        entries = a[..., :, None] * b[..., None, :]
+        return entries.reshape((*tuple(entries.shape)[:-2], a.shape[-1] * b.shape[-1]))
+
+    return reduce(outer, vectors)
 
 
 def kron_solve(

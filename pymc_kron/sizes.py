@@ -1,8 +1,8 @@
 """Proving that two axes have the same size, also where no static shape says so.
 
-`axis_size` follows an axis back through the operations that keep it, to numbers and to axes of
-variables that it knows nothing about. Two axes whose sizes come out equal have the same size; of
-two that don't, nothing is known.
+An axis is followed back through the operations that keep it, to numbers and to axes of variables
+that nothing is known about. Two axes whose sizes come out equal have the same size; of two that
+don't, nothing is known.
 """
 
 from collections import Counter
@@ -25,10 +25,12 @@ from pytensor.tensor.blockwise import Blockwise
 from pytensor.tensor.elemwise import DimShuffle, Elemwise
 from pytensor.tensor.linalg.products import KroneckerProduct
 from pytensor.tensor.math import Dot
-from pytensor.tensor.shape import Shape, Shape_i, SpecifyShape
+from pytensor.tensor.shape import Reshape, Shape, Shape_i, SpecifyShape
 from pytensor.tensor.subtensor import Subtensor
 from pytensor.tensor.utils import _parse_gufunc_signature
 from pytensor.tensor.variable import TensorVariable
+
+type Token = tuple[Variable, int | None]
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class SizeProduct:
     """
 
     number: int
-    unknowns: frozenset[tuple[tuple[Variable, int | None], int]] = frozenset()
+    unknowns: frozenset[tuple[Token, int]] = frozenset()
 
     def __mul__(self, other: "SizeProduct") -> "SizeProduct":
         unknowns = Counter(dict(self.unknowns)) + Counter(dict(other.unknowns))
@@ -56,8 +58,156 @@ class SizeProduct:
         return not self.unknowns
 
 
+class Sizes:
+    """What is known about the sizes of the last two axes of some matrices.
+
+    Two sizes that `of` returns as equal are equal wherever the matrices can be computed: an
+    operation that takes square matrices, like an inverse, shows that its input is square.
+
+    Parameters
+    ----------
+    matrices
+        All matrices whose sizes are to be compared.
+
+    Examples
+    --------
+    >>> import pytensor.tensor as pt
+    >>> from pymc_kron.sizes import Sizes
+    >>> A, X = pt.matrix("A"), pt.matrix("X")
+    >>> sizes = Sizes(A @ X, pt.linalg.inv(A).T)
+    >>> sizes.of(A @ X, -2) == sizes.of(pt.linalg.inv(A).T, -2)
+    True
+    """
+
+    def __init__(self, *matrices: TensorVariable):
+        self._equal: dict[Token, Token] = {}
+        self._equal_products: dict[SizeProduct, SizeProduct] = {}
+        self._known: dict[Token, SizeProduct] = {}
+        for matrix in matrices:
+            for axis in (-2, -1):
+                self._of(matrix, axis)
+
+    def of(self, var: TensorVariable, axis: int) -> SizeProduct:
+        """Return what is known about the size of an axis."""
+        return self._canonical(self._of(var, axis))
+
+    def is_square(self, var: TensorVariable) -> bool:
+        """Whether the last two axes of an array are known to have the same size."""
+        return self.of(var, -2) == self.of(var, -1)
+
+    def note_square(self, matrix: TensorVariable) -> None:
+        """Take for granted that a matrix is square, since an operation requires it."""
+        rows, columns = self.of(matrix, -2), self.of(matrix, -1)
+        if rows == columns:
+            return
+        if all(side.number == 1 and len(side.unknowns) == 1 for side in (rows, columns)):
+            [(row, row_power)], [(column, column_power)] = rows.unknowns, columns.unknowns
+            if row_power == column_power:
+                self._equal[column] = row
+                return
+        self._equal_products[columns] = rows
+
+    def _canonical(self, size: SizeProduct) -> SizeProduct:
+        unknowns = Counter[Token]()
+        for token, exponent in size.unknowns:
+            unknowns[self._representative(token)] += exponent
+        size = SizeProduct(size.number, frozenset(unknowns.items()))
+        return self._equal_products.get(size, size)
+
+    def _representative(self, token: Token) -> Token:
+        while token in self._equal:
+            token = self._equal[token]
+        return token
+
+    def _of(self, var: TensorVariable, axis: int) -> SizeProduct:
+        token = (var, axis % var.type.ndim)
+        if token not in self._known:
+            self._known[token] = self._follow(*token)
+        return self._known[token]
+
+    def _follow(self, var: TensorVariable, axis: int) -> SizeProduct:
+        known = var.type.shape[axis]
+        if known is not None:
+            return SizeProduct(int(known))
+
+        from_end = axis - var.type.ndim
+        match var.owner_op_and_inputs:
+            case (DimShuffle(new_order=new_order), inp):
+                return self._of(inp, new_order[axis])
+            case (Elemwise(), *inputs):
+                # All inputs that aren't broadcast along the axis agree
+                return self._of(next(inp for inp in inputs if inp.type.shape[axis] != 1), axis)
+            case (SpecifyAssumptions() | SpecifyShape(), inp, *_):
+                return self._of(inp, axis)
+            case (Alloc(), _, *shape):
+                return self._scalar(shape[axis])
+            case (Eye() | Blockwise(core_op=Eye()), rows, columns, _) if var.type.ndim == 2:
+                return self._scalar((rows, columns)[axis])
+            case (AllocDiag(offset=0), diagonal) if from_end >= -2:
+                return self._of(diagonal, -1)
+            case (KroneckerProduct() | Blockwise(core_op=KroneckerProduct()), left, right):
+                if left.type.ndim == right.type.ndim and from_end >= -2:
+                    return self._of(left, from_end) * self._of(right, from_end)
+            case (Dot(), left, right):
+                return self._of((left, right)[axis], axis)
+            case (Reshape(), _, shape):
+                return self._entry(shape, axis) or _unknown(var, axis)
+            case (op, *inputs):
+                return self._of_core_axis(op, inputs, var, from_end)
+        return _unknown(var, axis)
+
+    def _of_core_axis(self, op, inputs, var: TensorVariable, from_end: int) -> SizeProduct:
+        """Return the size of a core dimension, which the signature of an operation names."""
+        signature = getattr(op, "signature", None) or getattr(op, "gufunc_signature", None)
+        if signature is not None:
+            input_cores, output_cores = _parse_gufunc_signature(signature)
+            core = output_cores[var.owner.outputs.index(var)]
+            for inp, input_core in zip(inputs, input_cores, strict=False):
+                if len(input_core) == 2 and len(set(input_core)) == 1:
+                    self.note_square(inp)
+            if -from_end <= len(core):
+                for inp, input_core in zip(inputs, input_cores, strict=False):
+                    if core[from_end] in input_core:
+                        position = input_core.index(core[from_end])
+                        return self._of(inp, position - len(input_core))
+        return _unknown(var, from_end + var.type.ndim)
+
+    def _scalar(self, size: Variable) -> SizeProduct:
+        """Return what is known about a size that the graph computes."""
+        match size:
+            case Constant(data=data):
+                return SizeProduct(int(data))
+        match size.owner_op_and_inputs:
+            case (TensorFromScalar() | ScalarFromTensor(), inp):
+                return self._scalar(inp)
+            case (Elemwise(scalar_op=Cast()), inp):
+                return self._scalar(inp)
+            case (Elemwise(scalar_op=Mul()), *inputs):
+                return prod(map(self._scalar, inputs), start=SizeProduct(1))
+            case (Shape_i(i=axis), inp):
+                return self._of(inp, axis)
+            case (Subtensor(idx_list=(int(),)), shape, Constant(data=axis)):
+                return self._entry(shape, int(axis)) or _unknown(size, None)
+        return _unknown(size, None)
+
+    def _entry(self, shape: Variable, axis: int) -> SizeProduct | None:
+        """Return what is known about an entry of a vector of sizes."""
+        match shape.owner_op_and_inputs:
+            case (Shape(), inp):
+                return self._of(inp, axis)
+            case (MakeVector(), *sizes):
+                size = self._scalar(sizes[axis])
+                # In the shape of a Reshape, -1 stands for what is left over
+                return None if size.number < 0 else size
+        return None
+
+
+def _unknown(var: Variable, axis: int | None) -> SizeProduct:
+    return SizeProduct(1, frozenset({((var, axis), 1)}))
+
+
 def axis_size(var: TensorVariable, axis: int) -> SizeProduct:
-    """Return what is known about the size of an axis.
+    """Return what is known about the size of an axis, from the variable alone.
 
     Examples
     --------
@@ -67,81 +217,16 @@ def axis_size(var: TensorVariable, axis: int) -> SizeProduct:
     >>> axis_size(pt.linalg.inv(A), 0) == axis_size(pt.exp(-A), 0)
     True
     """
-    axis %= var.type.ndim
-    known = var.type.shape[axis]
-    if known is not None:
-        return SizeProduct(int(known))
-
-    from_end = axis - var.type.ndim
-    match var.owner_op_and_inputs:
-        case (DimShuffle(new_order=new_order), inp):
-            return axis_size(inp, new_order[axis])
-        case (Elemwise(), *inputs):
-            # All inputs that aren't broadcast along the axis agree
-            return axis_size(next(inp for inp in inputs if inp.type.shape[axis] != 1), axis)
-        case (SpecifyAssumptions() | SpecifyShape(), inp, *_):
-            return axis_size(inp, axis)
-        case (Alloc(), _, *shape):
-            return _scalar_size(shape[axis])
-        case (Eye(), rows, columns, _):
-            return _scalar_size((rows, columns)[axis])
-        case (AllocDiag(offset=0), diagonal) if from_end >= -2:
-            return axis_size(diagonal, -1)
-        case (KroneckerProduct() | Blockwise(core_op=KroneckerProduct()), left, right):
-            if left.type.ndim == right.type.ndim and from_end >= -2:
-                return axis_size(left, from_end) * axis_size(right, from_end)
-        case (Dot(), left, right):
-            return axis_size((left, right)[axis], axis)
-        case (op, *inputs):
-            return _core_axis_size(op, inputs, var, from_end)
-    return _unknown(var, axis)
-
-
-def _core_axis_size(op, inputs, var: TensorVariable, from_end: int) -> SizeProduct:
-    """Return the size of a core dimension, which the signature of an operation names."""
-    signature = getattr(op, "signature", None) or getattr(op, "gufunc_signature", None)
-    if signature is not None:
-        input_cores, output_cores = _parse_gufunc_signature(signature)
-        core = output_cores[var.owner.outputs.index(var)]
-        if -from_end <= len(core):
-            for inp, input_core in zip(inputs, input_cores, strict=False):
-                if core[from_end] in input_core:
-                    return axis_size(inp, input_core.index(core[from_end]) - len(input_core))
-    return _unknown(var, from_end + var.type.ndim)
-
-
-def _scalar_size(size: Variable) -> SizeProduct:
-    """Return what is known about a size that the graph computes."""
-    match size:
-        case Constant(data=data):
-            return SizeProduct(int(data))
-    match size.owner_op_and_inputs:
-        case (TensorFromScalar() | ScalarFromTensor(), inp):
-            return _scalar_size(inp)
-        case (Elemwise(scalar_op=Cast()), inp):
-            return _scalar_size(inp)
-        case (Elemwise(scalar_op=Mul()), *inputs):
-            return prod(map(_scalar_size, inputs), start=SizeProduct(1))
-        case (Shape_i(i=axis), inp):
-            return axis_size(inp, axis)
-        case (Subtensor(idx_list=(int(),)), shape, Constant(data=axis)):
-            match shape.owner_op_and_inputs:
-                case (Shape(), inp):
-                    return axis_size(inp, int(axis))
-                case (MakeVector(), *sizes):
-                    return _scalar_size(sizes[int(axis)])
-    return _unknown(size, None)
-
-
-def _unknown(var: Variable, axis: int | None) -> SizeProduct:
-    return SizeProduct(1, frozenset({((var, axis), 1)}))
+    return Sizes().of(var, axis)
 
 
 def is_provably_square(var: TensorVariable) -> bool:
     """Whether the last two axes of an array are known to have the same size."""
-    return axis_size(var, -2) == axis_size(var, -1)
+    return Sizes(var).is_square(var)
 
 
 def sizes_agree(pairs: Iterable[tuple[TensorVariable, int, TensorVariable, int]]) -> bool:
     """Whether each pair of axes, as ``(left, axis, right, axis)``, has the same size."""
-    return all(axis_size(a, i) == axis_size(b, j) for a, i, b, j in pairs)
+    pairs = list(pairs)
+    sizes = Sizes(*(matrix for left, _, right, _ in pairs for matrix in (left, right)))
+    return all(sizes.of(a, i) == sizes.of(b, j) for a, i, b, j in pairs)

@@ -5,6 +5,7 @@ Everything here only looks; nothing is built except transposes and multiples of 
 
 from collections.abc import Sequence
 
+import numpy as np
 from pytensor.assumptions import (
     LOWER_TRIANGULAR,
     POSITIVE_DEFINITE,
@@ -13,8 +14,10 @@ from pytensor.assumptions import (
     check_assumption,
 )
 from pytensor.assumptions.specify import SpecifyAssumptions
+from pytensor.graph.basic import Constant, Variable
 from pytensor.graph.fg import FunctionGraph
 from pytensor.scalar.basic import Mul, Neg, TrueDiv
+from pytensor.tensor.basic import Eye
 from pytensor.tensor.blockwise import Blockwise
 from pytensor.tensor.elemwise import Elemwise
 from pytensor.tensor.linalg.inverse import MatrixInverse
@@ -168,6 +171,31 @@ def strip_transposes(var: TensorVariable) -> tuple[TensorVariable, bool]:
         if core is var:
             return core, transposed
         var, transposed = core, transposed != peeled_transpose
+
+
+def eye_sizes(var: TensorVariable) -> tuple[Variable, Variable] | None:
+    """Return the numbers of rows and columns of a matrix that ``pt.eye`` made, or None."""
+    match var.owner_op_and_inputs:
+        case (Eye() | Blockwise(core_op=Eye()), rows, columns, Constant(data=0)):
+            return rows, columns
+    return None
+
+
+def is_identity(var: TensorVariable) -> bool:
+    """Whether a matrix is known to be an identity matrix, by how it is made or as a constant."""
+    core = without_assumptions(var)
+    sizes = eye_sizes(core)
+    if sizes is not None:
+        rows, columns = sizes
+        return rows is columns or (
+            isinstance(rows, Constant) and isinstance(columns, Constant) and rows.equals(columns)
+        )
+    return isinstance(core, Constant) and core.type.ndim == 2 and _is_identity_array(core.data)
+
+
+def _is_identity_array(array: np.ndarray) -> bool:
+    rows, columns = array.shape
+    return rows == columns and np.array_equal(array, np.eye(rows))
 
 
 def row_sizes(factors: Matrices) -> tuple[Size, ...]:

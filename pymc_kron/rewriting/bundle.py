@@ -9,7 +9,7 @@ repeated until nothing changes, so that an expression whose parts had to be rewr
 seen again before PyTensor's own rewrites give it another form.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import wraps
 
 from pytensor.compile.mode import optdb
@@ -87,6 +87,33 @@ def register_kron(*tracks) -> Callable[[Transform], NodeRewriter]:
         return rewriter
 
     return decorate
+
+
+def outcomes(fgraph: FunctionGraph, node: Apply) -> Iterator[tuple[str, Refusal | None]]:
+    """Ask each rewrite of the bundle about a node, and change nothing.
+
+    Yields
+    ------
+    tuple[str, Refusal or None]
+        The name of each rewrite that refuses the node, and why, or that would replace it, and
+        None. Those that have nothing to do with the node are left out.
+    """
+    bundle = kron_rewrites_db.query("+kron")
+    for rewriter in bundle.tracker.get_trackers(node.op):
+        transform = rewriter.fn.__wrapped__
+        try:
+            replacement = transform(fgraph, node)
+        except Refusal as refusal:
+            yield transform.__name__, refusal
+        except Exception as error:
+            # PyTensor goes on without a rewrite that fails
+            if config.on_opt_error == "raise":
+                raise
+            reason = f"`{transform.__name__}` failed, {error!r}"
+            yield transform.__name__, Refusal(reason, "report it as a bug")
+        else:
+            if replacement:
+                yield transform.__name__, None
 
 
 def as_replacement(old_out: TensorVariable, new_out: TensorVariable) -> TensorVariable:

@@ -40,8 +40,18 @@ def det_of_kron(fgraph, node):
         return [as_replacement(det, pt.full(tuple(K.shape)[:-2], is_one))]
 
     sign, logabsdet = kron_slogdet(factors, [_slogdet(fgraph, factor) for factor in factors])
-    values = {det: sign * pt.exp(logabsdet)}
-    is_complex = K.type.numpy_dtype.kind == "c"
+    return replacements_of_det(fgraph, det, sign, logabsdet)
+
+
+def replacements_of_det(fgraph, det, sign, logabsdet):
+    """Return what a determinant, its sign, its absolute value and logarithm are replaced with.
+
+    The gradient of ``log(abs(det))`` holds ``det * sign(det) / abs(det)``. With the exponential
+    of one and the same logarithm above and below the line, PyTensor cancels it.
+    """
+    magnitude = pt.exp(logabsdet)
+    values = {det: sign * magnitude}
+    is_complex = det.type.numpy_dtype.kind == "c"
     for client, _ in clients_through_expand_dims(fgraph, det):
         match (client.op, *client.outputs):
             case (Elemwise(scalar_op=Sign()), sign_of_det):
@@ -50,6 +60,7 @@ def det_of_kron(fgraph, node):
             case (Elemwise(scalar_op=Log()), log_of_det) if not is_complex:
                 values[log_of_det] = pt.where(pt.lt(sign, 0), pt.nan, logabsdet)
             case (Elemwise(scalar_op=Abs()), abs_of_det):
+                values[abs_of_det] = magnitude
                 for abs_client, _ in clients_through_expand_dims(fgraph, abs_of_det):
                     match (abs_client.op, *abs_client.outputs):
                         case (Elemwise(scalar_op=Log()), log_abs_of_det):

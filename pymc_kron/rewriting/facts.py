@@ -3,6 +3,10 @@
 import numpy as np
 from pytensor import tensor as pt
 from pytensor.graph.fg import FunctionGraph
+from pytensor.tensor.elemwise import DimShuffle
+from pytensor.tensor.linalg.decomposition.cholesky import Cholesky
+from pytensor.tensor.linalg.decomposition.eigen import Eigh, Eigvalsh
+from pytensor.tensor.linalg.solvers.general import Solve
 from pytensor.tensor.variable import TensorVariable
 
 from pymc_kron.linalg import with_aligned_signs
@@ -14,6 +18,7 @@ from pymc_kron.structure import (
     is_lower_triangular,
     is_positive_definite,
     is_symmetric,
+    strip_transposes,
 )
 
 
@@ -33,22 +38,30 @@ def positive_definite_factors(fgraph: FunctionGraph, factors: Matrices) -> Matri
 
 
 def symmetric_factors(fgraph: FunctionGraph, factors: Matrices) -> Matrices:
-    """Return the factors of a symmetric product, with NaN for those that are skew-symmetric.
+    """Return the factors of a symmetric product, with NaN for those that aren't symmetric.
 
     If a product of real factors is symmetric and not zero, its factors are each symmetric or
     skew-symmetric, ``A.T = -A``. With at most one factor that isn't proved symmetric, that one is
     symmetric too. Otherwise the number of skew-symmetric factors is even; decompositions of
     symmetric matrices, which read one triangle, would be silently wrong for them.
     """
-    unproved = [i for i, factor in enumerate(factors) if not is_symmetric(fgraph, factor)]
+    unproved = [factor for factor in factors if not is_symmetric(fgraph, factor)]
     if len(unproved) <= 1:
         return factors
-    guarded = list(factors)
-    for i in unproved:
-        # sum_ij A_ij A_ji is |A|^2 for a symmetric matrix and -|A|^2 for a skew-symmetric one
-        is_skew = pt.lt((factors[i] * factors[i].mT).sum(axis=(-2, -1), keepdims=True), 0)
-        guarded[i] = pt.switch(is_skew, np.nan, factors[i]).astype(factors[i].type.dtype)
-    return guarded
+    return [nan_unless_symmetric(fgraph, factor) for factor in factors]
+
+
+def nan_unless_symmetric(fgraph: FunctionGraph, factor: TensorVariable) -> TensorVariable:
+    """Return a factor as it is if it is symmetric, and NaN otherwise.
+
+    ``sum_ij A_ij A_ji`` is ``|A|^2`` for a symmetric matrix, and less for any other one:
+    ``|A|^2 - |A - A.T|^2 / 2``. Rounding may make a symmetric matrix a little asymmetric.
+    """
+    if is_symmetric(fgraph, factor):
+        return factor
+    own = (factor * factor).sum(axis=(-2, -1), keepdims=True)
+    crossed = (factor * factor.mT).sum(axis=(-2, -1), keepdims=True)
+    return pt.switch(pt.ge(crossed, (1 - 1e-6) * own), factor, np.nan).astype(factor.type.dtype)
 
 
 def root_of(fgraph: FunctionGraph, factor: TensorVariable) -> Root:
@@ -63,3 +76,32 @@ def root_of(fgraph: FunctionGraph, factor: TensorVariable) -> Root:
     if root is not None and is_lower_triangular(fgraph, root):
         return Root(root)
     return Root(pt.linalg.cholesky(factor))
+
+
+def is_promised_symmetric(fgraph: FunctionGraph, var: TensorVariable) -> bool:
+    """Whether a matrix is known to be symmetric, or a call in the graph promises that it is.
+
+    A solve with ``assume_a="pos"``, a Cholesky factor or symmetric eigenvalues of the same matrix
+    promise it for every other use. The promise is kept as PyTensor's ``tag.symmetric``, since the
+    call that made it may be rewritten first.
+    """
+    core, _ = strip_transposes(var)
+    if is_symmetric(fgraph, core) or getattr(core.tag, "symmetric", False):
+        return True
+    core.tag.symmetric = any(_promises_symmetry(client) for client in _clients(fgraph, core))
+    return core.tag.symmetric
+
+
+def _clients(fgraph, var):
+    for client, _ in fgraph.clients.get(var, ()):
+        if isinstance(client.op, DimShuffle):
+            yield from _clients(fgraph, client.outputs[0])
+        else:
+            yield client
+
+
+def _promises_symmetry(node) -> bool:
+    match getattr(node.op, "core_op", node.op):
+        case Solve(assume_a="pos" | "sym" | "her") | Cholesky() | Eigh() | Eigvalsh():
+            return True
+    return False

@@ -1,18 +1,59 @@
-"""``(A (x) B) vec(X) = vec(A X B')``: one small product a factor."""
+"""``(A (x) B) vec(X) = vec(A X B')`` and ``(A (x) B) (C (x) D) = AC (x) BD``: small products."""
 
+from pytensor.assumptions.specify import assume
 from pytensor.tensor.math import Dot
 from pytensor.tensor.rewriting.blockwise import blockwise_of
 
-from pymc_kron.linalg import kron_matmul
+from pymc_kron.linalg import kron, kron_matmul
 from pymc_kron.rewriting.bundle import as_replacement, register_kron
-from pymc_kron.structure import is_empty, kron_factors
+from pymc_kron.rewriting.conforming import conforming_factors
+from pymc_kron.sizes import Sizes
+from pymc_kron.structure import (
+    gram_root,
+    is_empty,
+    is_lower_triangular,
+    kron_factors,
+    refuse_dtype,
+)
+from pymc_kron.terms import LowRank, Product, is_unread, scaled, terms_of
+
+
+@register_kron(Dot, blockwise_of(Dot))
+def mixed_product_of_kron(fgraph, node):
+    """(A (x) B) @ (C (x) D) -> (A @ C) (x) (B @ D)
+
+    A root stays one: K @ K.T -> (A @ A.T) (x) (B @ B.T), each as triangular as K.
+    """
+    left, right = node.inputs
+    [old_out] = node.outputs
+    left_factors, right_factors = kron_factors(left), kron_factors(right)
+    if left_factors is None or right_factors is None:
+        return None
+    refuse_dtype(old_out, "fciu")
+
+    dtype = old_out.type.dtype
+    root = gram_root(old_out)
+    if root is not None:
+        # One variable for a factor on both sides, so that each product is seen to be a square
+        roots = [factor.astype(dtype) for factor in kron_factors(root)]
+        if is_lower_triangular(fgraph, root):
+            roots = [assume(factor, lower_triangular=True) for factor in roots]
+        pairs = [(factor, factor.mT) for factor in roots]
+    else:
+        pairs = [
+            (a.astype(dtype), c.astype(dtype))
+            for a, c in conforming_factors(left_factors, right_factors, [(-1, -2)])
+        ]
+    return [as_replacement(old_out, kron(*(a @ c for a, c in pairs)))]
 
 
 @register_kron(Dot, blockwise_of(Dot))
 def matmul_of_kron(fgraph, node):
     """(A (x) B) @ X -> A and B applied along the axes of X, and X @ (A (x) B) likewise
 
-    A product of two Kronecker products is itself one, and left as it is.
+    A product of two Kronecker products is itself one, and left as it is. So is a product with
+    one whose columns are scaled, ``Q diag(w) Q'``, which is written with its factors. A product
+    with an outer product is one again.
     """
     left, right = node.inputs
     [old_out] = node.outputs
@@ -21,6 +62,20 @@ def matmul_of_kron(fgraph, node):
         return None
     if any(map(is_empty, (left, right))) or old_out.type.numpy_dtype.kind == "b":
         return None
+    other = right if right_factors is None else left
+    sizes = Sizes(left, right)
+    if is_unread(other, sizes):
+        return None
+    match terms_of(other, sizes):
+        case (LowRank(left=u, right=v, weights=None, scales=scales),):
+            if left_factors is not None:
+                u = left @ u
+            else:
+                v = right.mT @ v
+            new_out = scaled(u @ v.mT, Product(scales=scales), 2)
+            return [as_replacement(old_out, new_out)]
+        case terms if terms is not None:
+            return None
     if left_factors is not None:
         new_out = kron_matmul(left_factors, right, x_ndim=2)
     else:

@@ -9,10 +9,18 @@ from pytensor.tensor.linalg.solvers.psd import CholeskySolve
 from pytensor.tensor.linalg.solvers.triangular import SolveTriangular
 from pytensor.tensor.rewriting.blockwise import blockwise_of
 
-from pymc_kron.linalg import kron_solve
+from pymc_kron.linalg import kron, kron_solve
 from pymc_kron.rewriting.bundle import as_replacement, register_kron
+from pymc_kron.rewriting.conforming import conforming_factors
 from pymc_kron.rewriting.facts import positive_definite_factors
-from pymc_kron.structure import is_empty, square_kron_factors
+from pymc_kron.structure import (
+    Refusal,
+    is_empty,
+    kron_factors,
+    square_kron_factors,
+    strip_transposes,
+)
+from pymc_kron.terms import LowRank, Product, scaled, terms_of
 
 
 @register_kron(blockwise_of(SolveBase))
@@ -23,12 +31,20 @@ def solve_of_kron(fgraph, node):
     positive definiteness, with two exceptions. The product of two skew-symmetric matrices is
     symmetric: "sym" and the structures that say less become a general solve. And a product with
     a unit diagonal has factors with diagonals c and 1 / c: their own diagonals are used.
+
+    With another product on the right, ``solve(A (x) B, C (x) D) -> solve(A, C) (x) solve(B, D)``,
+    and with an outer product, ``solve(K, u v') -> solve(K, u) v'``.
     """
     K, b = node.inputs
     [old_out] = node.outputs
     factors = square_kron_factors(K)
     if factors is None or is_empty(b):
         return None
+    is_complex = K.type.numpy_dtype.kind == "c"
+    match terms_of(b) if node.op.core_op.b_ndim == 2 else None:
+        case (LowRank(left=u, right=v, weights=None, scales=scales),):
+            new_out = scaled(node.op(K, u) @ v.mT, Product(scales=scales), 2)
+            return [as_replacement(old_out, new_out)]
 
     match node.op.core_op:
         case SolveTriangular(lower=lower):
@@ -36,12 +52,16 @@ def solve_of_kron(fgraph, node):
         case CholeskySolve(lower=lower):
 
             def solve(factor, columns):
-                return pt.linalg.cho_solve((factor, lower), columns, b_ndim=2)
+                core, transposed = (factor, False) if is_complex else strip_transposes(factor)
+                # C C' = U' U with U = C'
+                return pt.linalg.cho_solve((core, lower != transposed), columns, b_ndim=2)
 
         case Solve(assume_a="pos", lower=lower):
             # K = K^H allows factors of any phase, and a sign is not enough to align them
-            if K.type.numpy_dtype.kind == "c":
+            if is_complex:
                 return None
+            # A = A': the solve with K' in a gradient shares the decompositions of the solve with K
+            factors = [strip_transposes(factor)[0] for factor in factors]
             factors = positive_definite_factors(fgraph, factors)
             solve = partial(pt.linalg.solve, assume_a="pos", lower=lower, b_ndim=2)
         case Solve():
@@ -49,5 +69,21 @@ def solve_of_kron(fgraph, node):
         case _:
             return None
 
-    new_out = kron_solve(factors, b, solve, b_ndim=node.op.core_op.b_ndim)
+    b_ndim = node.op.core_op.b_ndim
+    pairs = _pairs_with_right_hand_side(factors, b) if b_ndim == 2 else None
+    if pairs is None:
+        new_out = kron_solve(factors, b, solve, b_ndim=b_ndim)
+    else:
+        new_out = kron(*(solve(factor, c.astype(old_out.type.dtype)) for factor, c in pairs))
     return [as_replacement(old_out, new_out)]
+
+
+def _pairs_with_right_hand_side(factors, b):
+    """Return the factors with those of the right-hand side, if that is a product to match."""
+    b_factors = kron_factors(b)
+    if b_factors is None:
+        return None
+    try:
+        return conforming_factors(factors, b_factors, [(-2, -2)])
+    except Refusal:
+        return None

@@ -8,8 +8,12 @@ import scipy.linalg
 from numpy.testing import assert_allclose
 from pytensor.assumptions.specify import assume
 from pytensor.graph.fg import FunctionGraph
+from pytensor.graph.rewriting.utils import rewrite_graph
 from pytensor.tensor.blockwise import Blockwise
+from pytensor.tensor.linalg.decomposition.cholesky import Cholesky
+from pytensor.tensor.linalg.products import KroneckerProduct
 from pytensor.tensor.linalg.solvers.general import Solve
+from pytensor.tensor.linalg.solvers.psd import CholeskySolve
 from pytensor.tensor.linalg.solvers.triangular import SolveTriangular
 
 from pymc_kron.rewriting import bundle_rewriter
@@ -365,3 +369,118 @@ def test_cholesky_is_shared_between_triangular_solves():
     function = compile_py([A, B, b], solution)
     assert not has_kron(function.maker.fgraph)
     assert count_ops(function.maker.fgraph, SolveTriangular) == 2
+
+
+SOLVES = {
+    "gen": lambda K, b: pt.linalg.solve(K, b),
+    "sym": lambda K, b: pt.linalg.solve(K, b, assume_a="sym"),
+    "pos": lambda K, b: pt.linalg.solve(K, b, assume_a="pos"),
+    "lower": lambda K, b: pt.linalg.solve_triangular(K, b, lower=True),
+    "upper": lambda K, b: pt.linalg.solve_triangular(K.T, b, lower=False),
+    "cholesky": lambda K, b: pt.linalg.cho_solve((K, True), b),
+}
+
+
+@pytest.mark.parametrize("b_sizes", [((3, 2), (2, 5)), ((3, 1), (1, 4), (2, 2))], ids=str)
+@pytest.mark.parametrize("kind", SOLVES)
+def test_another_product_on_the_right(kind, b_sizes):
+    rng = np.random.default_rng(3)
+    arrays = [random_spd(rng, n) for n in (3, 2)]
+    if kind in ("lower", "upper", "cholesky"):
+        arrays = [np.linalg.cholesky(array) for array in arrays]
+    b_arrays = [rng.normal(size=size) for size in b_sizes]
+    factors, b_factors = (
+        [pt.tensor(f"A{i}", shape=array.shape) for i, array in enumerate(group)]
+        for group in (arrays, b_arrays)
+    )
+    solution = SOLVES[kind](kron(*factors), 2 * kron(*b_factors))
+    rewritten = rewrite_graph(solution, include=("canonicalize",))
+    assert isinstance(rewritten.owner.op, KroneckerProduct)
+    K, b = dense_kron(*arrays), 2 * dense_kron(*b_arrays)
+    K = {"upper": K.T, "cholesky": K @ K.T}.get(kind, K)
+    result = compile_py([*factors, *b_factors], solution)(*arrays, *b_arrays)
+    assert_allclose(result, np.linalg.solve(K, b), rtol=1e-9, atol=1e-12)
+
+
+def test_another_product_on_the_right_of_sizes_that_may_not_agree():
+    rng = np.random.default_rng(3)
+    arrays = [random_spd(rng, 3), random_spd(rng, 2), rng.normal(size=(2, 2))]
+    arrays.append(rng.normal(size=(3, 4)))
+    A, B, C, D = factors = symbolic_matrices(arrays)
+    solution = pt.linalg.solve(kron(A, B), kron(C, D))
+    function = compile_py(factors, solution)
+    # The right-hand side is computed, and solved for factor by factor
+    assert count_ops(function.maker.fgraph, KroneckerProduct) == 1
+    a, b, c, d = arrays
+    expected = np.linalg.solve(dense_kron(a, b), dense_kron(c, d))
+    assert_allclose(function(*arrays), expected, rtol=1e-10)
+
+
+def test_batched_product_on_the_right():
+    rng = np.random.default_rng(3)
+    arrays = [random_spd(rng, 3, batch=(5,)), random_spd(rng, 2)]
+    b_arrays = [rng.normal(size=(3, 2)), rng.normal(size=(7, 5, 2, 4))]
+    factors = [pt.tensor(f"A{i}", shape=a.shape) for i, a in enumerate((*arrays, *b_arrays))]
+    A, B, C, D = factors
+    batched_kron = pt.vectorize(pt.linalg.kron, "(i,j),(k,l)->(m,n)")
+    solution = pt.linalg.solve(batched_kron(A, B), batched_kron(C, D), assume_a="pos", b_ndim=2)
+    expected = np.linalg.solve(dense_kron(*arrays), dense_kron(*b_arrays))
+    result = compile_py(factors, solution)(*arrays, *b_arrays)
+    assert_allclose(result, expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("with_value", [False, True])
+@pytest.mark.parametrize(
+    "product",
+    [
+        lambda A, B: pt.linalg.kron(A, B),
+        lambda A, B: 2.5 * pt.linalg.kron(A, B),
+        lambda A, B: pt.linalg.kron(A.T, B).T / 3,
+    ],
+    ids=["K", "c K", "K.T / c"],
+)
+def test_value_and_gradient_share_one_cholesky_a_factor(product, with_value):
+    rng = np.random.default_rng(3)
+    arrays, x = [random_spd(rng, 3), random_spd(rng, 4)], rng.normal(size=12)
+    inputs = A, B, x_var = pt.dmatrix("A"), pt.dmatrix("B"), pt.dvector("x")
+    value = x_var @ pt.linalg.solve(product(A, B), x_var, assume_a="pos")
+    outputs = [value, pt.grad(value, x_var)] if with_value else [pt.grad(value, x_var)]
+    function = compile_py(inputs, outputs)
+    assert not has_kron(function.maker.fgraph)
+    assert count_ops(function.maker.fgraph, Cholesky) == 2
+    K = product(*map(pt.as_tensor, arrays)).eval(mode=PY.excluding("kron"))
+    assert_allclose(function(*arrays, x)[-1], 2 * np.linalg.solve(K, x), rtol=1e-10)
+
+
+@pytest.mark.parametrize("lower", [True, False])
+def test_value_and_gradient_of_cho_solve_share_their_solves(lower):
+    rng = np.random.default_rng(3)
+    arrays = [np.linalg.cholesky(random_spd(rng, n)) for n in (3, 4)]
+    if not lower:
+        arrays = [array.T for array in arrays]
+    x = rng.normal(size=12)
+    inputs = A, B, x_var = (
+        pt.tensor("A", shape=(3, 3)),
+        pt.tensor("B", shape=(4, 4)),
+        pt.dvector("x"),
+    )
+    value = x_var @ pt.linalg.cho_solve((kron(A, B), lower), x_var)
+    function = compile_py(inputs, [pt.grad(value, x_var)])
+    assert count_ops(function.maker.fgraph, CholeskySolve) == 2
+    C = dense_kron(*arrays)
+    K = C @ C.T if lower else C.T @ C
+    assert_allclose(function(*arrays, x)[0], 2 * np.linalg.solve(K, x), rtol=1e-10)
+
+
+@pytest.mark.parametrize("lower", [True, False])
+def test_complex_cho_solve_with_a_transposed_factor(lower):
+    # K = C C^H: here the transpose of a factor isn't that of another triangle
+    rng = np.random.default_rng(3)
+    triangle = np.triu if lower else np.tril
+    arrays = [triangle(random_matrix(rng, n, n) + 1j * rng.normal(size=(n, n))) for n in (2, 3)]
+    factors = symbolic_matrices(arrays)
+    b, b_var = rng.normal(size=6) + 0j, pt.zvector("b")
+    C = dense_kron(*arrays).T
+    K = C @ C.conj().T if lower else C.conj().T @ C
+    solution = pt.linalg.cho_solve((kron(*factors).T, lower), b_var)
+    check(solution, factors, arrays, b_var, b, np.linalg.solve(K, b))

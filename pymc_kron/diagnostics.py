@@ -1,0 +1,959 @@
+"""What the rewrites did to a model, a graph or a compiled function, and what stayed dense."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from html import escape
+from itertools import chain, zip_longest
+from textwrap import wrap
+
+import numpy as np
+from pymc.model import Model
+from pymc.model.core import ValueGradFunction
+from pymc.pytensorf import PointFunc, resolve_shapes, rewrite_pregrad
+from pytensor.compile.builders import FinalizedOpFromGraph, OpFromGraph
+from pytensor.compile.executor import Function
+from pytensor.compile.mode import Mode, get_default_mode
+from pytensor.compile.sharedvalue import SharedVariable
+from pytensor.gradient import NullTypeGradError, grad
+from pytensor.graph.basic import Apply, Constant, Variable
+from pytensor.graph.features import Feature
+from pytensor.graph.fg import FrozenFunctionGraph, FunctionGraph, Output
+from pytensor.graph.op import HasInnerGraph
+from pytensor.graph.rewriting.basic import GraphRewriter
+from pytensor.graph.rewriting.db import RewriteDatabaseQuery
+from pytensor.graph.traversal import ancestors, graph_inputs
+from pytensor.scalar.basic import Composite
+from pytensor.tensor.blockwise import Blockwise
+from pytensor.tensor.linalg.products import KroneckerProduct
+from pytensor.tensor.shape import Shape, Shape_i
+
+from pymc_kron.costs import OF_THE_DENSITY, first_product, flops_saved, nbytes, shape_of
+from pymc_kron.rewriting.bundle import outcomes
+from pymc_kron.rewriting.journal import (
+    Entry,
+    Product,
+    StaticShape,
+    journal_of,
+    listening,
+    name_of,
+    product_in,
+)
+from pymc_kron.structure import Refusal, kron_factors
+
+WIDTH = 100
+NOTHING_FOUND = "no Kronecker product found"
+DENSE = "Stays dense"
+FIRED = "Rewritten factorwise"
+
+
+@dataclass(frozen=True)
+class Factor:
+    """A factor of a Kronecker product.
+
+    Attributes
+    ----------
+    name
+        The name of its variable, "?" if it has none.
+    shape
+        Its shape, with None for a size that isn't known before the program runs.
+    """
+
+    name: str
+    shape: StaticShape
+
+    def __str__(self) -> str:
+        return f"{self.name}[{_show_shape(self.shape)}]"
+
+
+@dataclass(frozen=True)
+class Reason:
+    """Why a Kronecker product stayed dense.
+
+    Attributes
+    ----------
+    reason
+        The guard that refused, in words.
+    advice
+        What can be done about it.
+    """
+
+    reason: str
+    advice: str
+
+    def __str__(self) -> str:
+        return f"{self.reason}: {self.advice}" if self.advice else self.reason
+
+
+@dataclass(frozen=True)
+class Fired:
+    """A rewrite that fired.
+
+    Attributes
+    ----------
+    program
+        The program that it fired in: "logp", "gradient", "draws", "graph" or "function".
+    rewrite
+        The name of the rewrite.
+    op
+        The operation that the Kronecker product went into.
+    factors
+        The factors of the product, None if it isn't among the inputs of the operation.
+    count
+        How many times it fired for this operation on such factors.
+    flops_saved
+        An estimate of the floating point operations saved, None if a size isn't known. That of
+        a density is with the rewrites of its formula.
+    bytes_saved
+        The memory of the products that aren't formed, None if a size isn't known.
+    """
+
+    program: str
+    rewrite: str
+    op: str
+    factors: tuple[Factor, ...] | None
+    count: int
+    flops_saved: float | None
+    bytes_saved: int | None
+
+
+@dataclass(frozen=True)
+class DenseProduct:
+    """A Kronecker product, or the gradient in one, that a program forms.
+
+    Attributes
+    ----------
+    programs
+        The programs that form it: "logp", "gradient", "draws", "graph" or "function".
+    factors
+        The factors of the product.
+    shape
+        The shape of the array, with None for a size that isn't known before the program runs.
+    dtype
+        Its dtype.
+    nbytes
+        Its memory, None if a size isn't known.
+    consumers
+        The operations that it goes into.
+    reasons
+        Why it isn't factorwise, and what can be done about it.
+    is_gradient
+        Whether the array is the gradient in the product.
+    inside
+        The operation in whose inner graph it is formed, such as "Scan", or None.
+    """
+
+    programs: tuple[str, ...]
+    factors: tuple[Factor, ...]
+    shape: StaticShape
+    dtype: str
+    nbytes: int | None
+    consumers: tuple[str, ...]
+    reasons: tuple[Reason, ...]
+    is_gradient: bool = False
+    inside: str | None = None
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What `explain` found: prints as a table, in a notebook as HTML.
+
+    Attributes
+    ----------
+    fired : tuple of Fired
+        The rewrites that fired, each once for an operation and the shapes of the factors.
+    dense : tuple of DenseProduct
+        The Kronecker products that stayed dense.
+    flops_saved : float or None
+        The sum of the operations saved, None if one of them isn't known.
+    bytes_saved : int or None
+        The memory of the products that aren't formed, each counted once a program; None if a
+        size isn't known.
+    is_factorwise : bool
+        Whether no Kronecker product stayed dense.
+    """
+
+    fired: tuple[Fired, ...]
+    dense: tuple[DenseProduct, ...]
+    bytes_saved: int | None = 0
+
+    @property
+    def flops_saved(self) -> float | None:
+        return _total(row.flops_saved for row in self.fired)
+
+    @property
+    def is_factorwise(self) -> bool:
+        return not self.dense
+
+    def __str__(self) -> str:
+        if not self.fired and not self.dense:
+            return NOTHING_FOUND
+        parts = [_text_of_dense(self.dense)] if self.dense else []
+        if self.fired:
+            parts.append("\n".join([FIRED, *_text_table(*_fired_table(self.fired))]))
+        return "\n\n".join([*parts, "\n".join(wrap(self._summary(), WIDTH))])
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        if not self.fired and not self.dense:
+            return f"<p>{NOTHING_FOUND}</p>"
+        parts = []
+        if self.dense:
+            header, rows = _dense_table(self.dense)
+            reasons = ["\n".join(map(str, product.reasons)) for product in self.dense]
+            rows = [[*row, reason] for row, reason in zip(rows, reasons, strict=True)]
+            parts.append(_html_table(DENSE, [*header, "why, and what to do"], rows))
+        if self.fired:
+            parts.append(_html_table(FIRED, *_fired_table(self.fired)))
+        return "\n".join([*parts, f"<p>{escape(self._summary())}</p>"])
+
+    def _summary(self) -> str:
+        match len(self.dense):
+            case 0:
+                dense = "No Kronecker product stays dense."
+            case 1:
+                dense = "1 array of the size of a product is formed."
+            case n:
+                dense = f"{n} arrays of the size of a product are formed."
+        flops = sum(row.flops_saved or 0 for row in self.fired)
+        saved = [f"{_show_flops(flops)} floating point operations"] if flops > 0 else []
+        if self.bytes_saved:
+            saved.append(f"{_show_bytes(self.bytes_saved)} of memory")
+        if not saved:
+            return dense
+        at_least = "at least " if self.flops_saved is None or self.bytes_saved is None else ""
+        return f"{dense} The rewrites save {at_least}about {' and '.join(saved)}."
+
+
+def explain(x) -> Explanation:
+    """Say which rewrites fired, which Kronecker products stayed dense, and why.
+
+    Nothing is compiled to machine code, and what is given isn't changed.
+
+    Parameters
+    ----------
+    x : pymc.Model, TensorVariable, sequence of TensorVariable, FunctionGraph or Function
+        A model stands for what is compiled from it: its log-density ("logp"), the gradient of
+        that ("gradient"), and a prior predictive draw with its deterministics ("draws"). A graph
+        is rewritten as PyTensor's default mode would. Of a compiled function, `explain`
+        shows what was rewritten while it was compiled; PyMC has rewritten the log-density of a
+        model by then, so pass the model to see that too.
+
+    Returns
+    -------
+    Explanation
+        Prints as a table, in a notebook as HTML. What is printed is in its attributes too.
+
+    Raises
+    ------
+    TypeError
+        If `x` is something else.
+
+    See Also
+    --------
+    assert_no_dense_kron : The same as a test.
+
+    Notes
+    -----
+    The operations saved are estimates: the leading terms of the counts in [1]_ for the dense
+    operation and for those on the factors. A decomposition that a dense program could share is
+    counted once. The gradient of what was factorwise before the gradient was taken is factorwise
+    too; no rewrite fires there, and what that saves isn't counted.
+
+    References
+    ----------
+    .. [1] Golub, G. H. and Van Loan, C. F. (2013). "Matrix computations", 4th edition. Johns
+       Hopkins University Press.
+
+    Examples
+    --------
+    .. code-block:: python
+
+        import pytensor.tensor as pt
+        import pymc_kron as pk
+
+        A = pt.matrix("A", shape=(30, 30))
+        B = pt.matrix("B", shape=(40, 40))
+        K = pt.linalg.kron(A, B)
+        b = pt.vector("b", shape=(1200,))
+
+        explanation = pk.explain([pt.linalg.solve(K, b), pt.exp(K).sum()])
+        print(explanation)
+        [product] = explanation.dense
+        assert product.shape == (1200, 1200)
+        assert product.consumers == ("Exp",)
+    """
+    fired: list[Fired] = []
+    dense: list[DenseProduct] = []
+    bytes_saved: list[int | None] = []
+    for program in _programs(x):
+        # First, since it adds what the rewrites did to inner graphs to the journal
+        dense_here = list(_dense_products(program))
+        fired_here, saved = _fired(program, dense_here)
+        dense.extend(dense_here)
+        fired.extend(fired_here)
+        bytes_saved.append(saved)
+    return Explanation(tuple(fired), tuple(dense), _total(bytes_saved))
+
+
+def assert_no_dense_kron(x) -> None:
+    """Fail if a Kronecker product stays dense, with a table of what does and why.
+
+    Parameters
+    ----------
+    x : pymc.Model, TensorVariable, sequence of TensorVariable, FunctionGraph or Function
+        As for `explain`.
+
+    Raises
+    ------
+    AssertionError
+        If a program forms a Kronecker product, or the gradient in one.
+    TypeError
+        If `x` is something else.
+
+    See Also
+    --------
+    explain : The same as a table, with what was rewritten.
+
+    Examples
+    --------
+    In the test suite of a project that has a model:
+
+    .. code-block:: python
+
+        import numpy as np
+        import pymc as pm
+        import pytensor.tensor as pt
+        import pymc_kron as pk
+
+        with pm.Model() as model:
+            scale = pm.HalfNormal("scale")
+            cov = pt.linalg.kron(scale * np.eye(3), np.eye(4))
+            pm.MvNormal("y", np.zeros(12), cov, observed=np.ones(12))
+
+        pk.assert_no_dense_kron(model)
+    """
+    dense = explain(x).dense
+    if dense:
+        raise AssertionError(f"a Kronecker product stays dense\n\n{_text_of_dense(dense)}")
+
+
+@dataclass(frozen=True)
+class _Use:
+    """What a product goes into, by name, and why it isn't rewritten there."""
+
+    client: Apply
+    label: str
+    reasons: tuple[Reason, ...]
+
+
+@dataclass(frozen=True)
+class _Program:
+    """A rewritten graph, and what is known about how it came about.
+
+    Attributes
+    ----------
+    names
+        For each of the outputs, the name of the program that it belongs to.
+    entries
+        The journal, for each stage by the name of the program.
+    uses
+        What each product went into when the bundle had its last look, before operations were
+        specialized. Empty for a compiled function.
+    folded
+        The products of constants that became a constant themselves.
+    is_compiled
+        Whether the graph is the copy of one that was compiled, whose variables aren't those that
+        the journal is about.
+    inside
+        The operation whose inner graph it is.
+    """
+
+    fgraph: FunctionGraph
+    names: tuple[str, ...]
+    entries: dict[str, list[Entry]]
+    uses: dict[Variable, list[_Use]] = field(default_factory=dict)
+    folded: dict[Constant, Apply] = field(default_factory=dict)
+    is_compiled: bool = False
+    inside: str | None = None
+
+
+def _programs(x) -> Iterator[_Program]:
+    """Rewrite what a user gave, on a copy."""
+    match x:
+        case Model():
+            yield from _programs_of_model(x)
+        case PointFunc(f=function) | ValueGradFunction(_pytensor_function=function):
+            yield from _programs(function)
+        case Function():
+            journal = journal_of(x.maker.fgraph)
+            outputs = x.maker.fgraph.outputs
+            yield _Program(
+                _with_blockwise(FunctionGraph(outputs=outputs, clone=True, copy_inputs=False)),
+                ("function",) * len(outputs),
+                {"function": [] if journal is None else list(journal.entries)},
+                is_compiled=True,
+            )
+        case FunctionGraph():
+            yield _rewritten(x.outputs, ["graph"] * len(x.outputs))
+        case Variable():
+            yield _rewritten([x], ["graph"])
+        case list() | tuple() if x and all(isinstance(output, Variable) for output in x):
+            yield _rewritten(x, ["graph"] * len(x))
+        case _:
+            raise TypeError(
+                f"Got {_describe(x)}. Pass a pymc.Model, a TensorVariable or a list or tuple of "
+                "them, a FunctionGraph, or a compiled function."
+            )
+
+
+def _describe(x) -> str:
+    if isinstance(x, list | tuple):
+        types = sorted({type(item).__name__ for item in x})
+        return f"a {type(x).__name__} of {', '.join(types) if types else 'nothing'}"
+    return f"an object of type {type(x).__name__}"
+
+
+def _programs_of_model(model: Model) -> Iterator[_Program]:
+    """Follow what PyMC does before it samples and before it draws."""
+    if model.basic_RVs or model.potentials:
+        with listening() as entries:
+            logp = rewrite_pregrad(model.logp())
+        outputs, names = [logp], ["logp"]
+        # A model without a gradient is sampled without one
+        with suppress(NotImplementedError, NullTypeGradError):
+            gradients = grad(logp, model.continuous_value_vars, disconnected_inputs="ignore")
+            outputs.extend(gradients)
+            names.extend("gradient" for _ in gradients)
+        program = _rewritten(outputs, names, stage="gradient")
+        yield replace(program, entries={"logp": entries, **program.entries})
+    draws = [*model.basic_RVs, *model.deterministics]
+    if draws:
+        yield _rewritten(draws, ["draws"] * len(draws))
+
+
+def _rewritten(
+    outputs: Sequence[Variable], names: Sequence[str], *, stage: str | None = None
+) -> _Program:
+    fgraph = FunctionGraph(outputs=list(outputs), clone=True, copy_inputs=False)
+    program = _Program(fgraph, tuple(names), {stage or names[0]: []})
+    return _rewrite(program)
+
+
+def _rewrite(program: _Program) -> _Program:
+    """Rewrite a graph as the default mode does, but keep it readable.
+
+    Without what comes last: inner graphs aren't rewritten, elementwise operations aren't fused
+    and nothing is done in place.
+    """
+    [entries] = program.entries.values()
+    feature = _FoldedProducts()
+    program.fgraph.attach_feature(feature)
+    with listening() as heard:
+        _rewriter(STABILIZED).rewrite(program.fgraph)
+        entries.extend(heard)
+        uses = {
+            node.outputs[0]: [
+                _use(program, node.outputs[0], *use)
+                for use in _uses_of(program.fgraph, node.outputs[0])
+            ]
+            for node in program.fgraph.apply_nodes
+            if isinstance(_core_op(node), KroneckerProduct)
+        }
+        n_heard = len(heard)
+        _rewriter(SPECIALIZED).rewrite(program.fgraph)
+        entries.extend(heard[n_heard:])
+    return replace(program, uses=uses, folded=feature.folded)
+
+
+STABILIZED, SPECIALIZED = 1.6, 49.4
+"""Positions in PyTensor's sequence of rewrites: after the bundle's last phase, and before what
+only matters for a backend."""
+
+
+def _rewriter(position: float) -> GraphRewriter:
+    """Return the default mode's rewrites up to a position."""
+    mode = get_default_mode()
+    if isinstance(mode.provided_optimizer, RewriteDatabaseQuery):
+        query = mode.provided_optimizer.excluding("fusion", "inplace")
+        query.position_cutoff = position
+        mode = Mode(linker=mode.linker, optimizer=query)
+    return mode.optimizer
+
+
+def _with_blockwise(fgraph: FunctionGraph) -> FunctionGraph:
+    """Write products, and linear algebra of products, in the way that the rewrites know them.
+
+    Compiled graphs have a Blockwise that allocates its result, or none where there is no batch.
+    """
+    for node in fgraph.toposort():
+        op, inputs = node.op, node.inputs
+        if isinstance(op, FinalizedOpFromGraph) and len(op.fgraph.apply_nodes) == 1:
+            [inner_node] = op.fgraph.apply_nodes
+            op, inputs = inner_node.op, inputs[: len(inner_node.inputs)]
+        if not isinstance(op, Blockwise) and hasattr(op, "gufunc_signature"):
+            op = Blockwise(op, destroy_map=op.destroy_map)
+        is_about_product = isinstance(_core_op(node), KroneckerProduct) or any(
+            map(product_in, inputs)
+        )
+        if op is not node.op and is_about_product:
+            new_node = op.make_node(*inputs)
+            fgraph.replace_all(list(zip(node.outputs, new_node.outputs, strict=True)))
+    return fgraph
+
+
+class _FoldedProducts(Feature):
+    """Notes the Kronecker products of constants that PyTensor computes while it rewrites."""
+
+    def __init__(self):
+        self.folded: dict[Constant, Apply] = {}
+
+    def on_change_input(self, fgraph, node, i, var, new_var, reason=None):
+        if (
+            isinstance(new_var, Constant)
+            and var.owner is not None
+            and isinstance(_core_op(var.owner), KroneckerProduct)
+        ):
+            self.folded[new_var] = var.owner
+
+
+def _fired(program: _Program, dense: Sequence[DenseProduct]) -> tuple[list[Fired], int | None]:
+    """Return a row for each rewrite, operation and factors, and the memory saved by all."""
+    rows: dict[tuple, list[tuple[Entry, float | None]]] = {}
+    entries = [
+        (name, entry)
+        for name, stage in program.entries.items()
+        for entry in stage
+        if entry.refusal is None
+    ]
+    flops = flops_saved([entry for _, entry in entries])
+    for (name, entry), saved in zip(entries, flops, strict=True):
+        product = first_product(entry)
+        key = (name, entry.rewrite, entry.op, None if product is None else _factors_of(product))
+        rows.setdefault(key, []).append((entry, saved))
+    fired = [
+        Fired(
+            name,
+            rewrite,
+            op,
+            factors,
+            count=len(row),
+            flops_saved=_total(saved for _, saved in row),
+            bytes_saved=_bytes_saved([entry for entry, _ in row], dense),
+        )
+        for (name, rewrite, op, factors), row in rows.items()
+    ]
+    return fired, _bytes_saved([entry for _, entry in entries], dense)
+
+
+def _bytes_saved(entries: Iterable[Entry], dense: Sequence[DenseProduct]) -> int | None:
+    """Return the memory of the products that aren't formed, each counted once.
+
+    A product is taken for formed if one with factors of the same shapes is.
+    """
+    formed = {tuple(factor.shape for factor in product.factors) for product in dense}
+    products: dict[int, Product] = {}
+    for entry in entries:
+        if entry.rewrite == OF_THE_DENSITY:
+            continue
+        if not any(entry.products):
+            return None
+        products |= {product.number: product for product in entry.products if product is not None}
+    return _total(
+        nbytes(shape_of(product), product.dtype)
+        for product in products.values()
+        if product.shapes not in formed
+    )
+
+
+def _factors_of(product: Product) -> tuple[Factor, ...]:
+    return tuple(map(Factor, product.names, product.shapes))
+
+
+def _dense_products(program: _Program) -> Iterator[DenseProduct]:
+    """Yield what of the size of a Kronecker product is formed, in inner graphs too."""
+    needed = [set(ancestors([output])) for output in program.fgraph.outputs]
+
+    def names_of(var: Variable) -> tuple[str, ...]:
+        names = (name for name, vars in zip(program.names, needed, strict=True) if var in vars)
+        return tuple(dict.fromkeys(names))
+
+    for node in program.fgraph.toposort():
+        output = node.outputs[0]
+        op = _core_op(node)
+        if isinstance(op, KroneckerProduct):
+            # A product that only goes into a longer product isn't the one to report
+            if uses := _last_uses(program, output):
+                yield _dense_product(node, output, uses, names_of(output), program.inside)
+        elif _is_pullback(node):
+            kron_node, cotangent = node.inputs[2].owner, node.inputs[3]
+            use = _use(program, cotangent, cotangent, node)
+            names = names_of(output)
+            yield _dense_product(
+                kron_node, cotangent, [use], names, program.inside, is_gradient=True
+            )
+        elif isinstance(op, HasInnerGraph) and _has_kron(op.fgraph):
+            for product in _dense_products(_inner_program(program, node)):
+                yield replace(product, programs=names_of(output))
+
+    for constant in filter(_is_constant, program.fgraph.variables):
+        for folded, kron_node in program.folded.items():
+            if constant.equals(folded) and (clients := list(_uses_of(program.fgraph, constant))):
+                uses = [_use(program, kron_node.outputs[0], *client) for client in clients]
+                yield _dense_product(kron_node, constant, uses, names_of(constant), program.inside)
+
+
+def _inner_program(program: _Program, node: Apply) -> _Program:
+    """Return the program that is an inner graph, and add its journal to the outer one's."""
+    inner = _core_op(node).fgraph
+    fgraph = inner.unfreeze() if isinstance(inner, FrozenFunctionGraph) else inner.clone()
+    # The last name is that of the program that the inner graph is in
+    name = [*program.entries][-1]
+    names, label = (name,) * len(fgraph.outputs), _label(node)
+    if program.is_compiled:
+        return replace(program, fgraph=fgraph, names=names, inside=label)
+    rewritten = _rewrite(_Program(fgraph, names, {name: []}, inside=label))
+    program.entries[name].extend(rewritten.entries[name])
+    return rewritten
+
+
+def _has_kron(fgraph) -> bool:
+    return any(
+        isinstance(_core_op(node), KroneckerProduct)
+        or (isinstance(node.op, HasInnerGraph) and _has_kron(node.op.fgraph))
+        for node in fgraph.apply_nodes
+    )
+
+
+def _is_constant(var: Variable) -> bool:
+    return isinstance(var, Constant)
+
+
+def _uses_of(fgraph: FunctionGraph, var: Variable) -> Iterator[tuple[Variable, Apply]]:
+    """Yield what a product goes into: itself, or its transposes and multiples."""
+    for client, _ in fgraph.clients[var]:
+        op = _core_op(client)
+        if isinstance(op, KroneckerProduct | Shape | Shape_i):
+            continue
+        if (
+            not isinstance(op, Output)
+            and len(client.outputs) == 1
+            and kron_factors(client.outputs[0]) is not None
+        ):
+            yield from _uses_of(fgraph, client.outputs[0])
+        else:
+            yield var, client
+
+
+def _last_uses(program: _Program, var: Variable) -> list[_Use]:
+    """Return what a product goes into, as it was written before operations were specialized."""
+    now = list(_uses_of(program.fgraph, var))
+    before = program.uses.get(var, [])
+    clients_now = [client for _, client in now]
+    clients_before = [use.client for use in before]
+    kept = [use for use in before if use.client in clients_now]
+    gone = [use for use in before if use.client not in clients_now]
+    new = [use for use in now if use[1] not in clients_before]
+    if not new:
+        return kept
+    return [*kept, *(gone or [_use(program, var, *use) for use in new])]
+
+
+def _dense_product(
+    kron_node: Apply,
+    var: Variable,
+    uses: Sequence[_Use],
+    names: tuple[str, ...],
+    inside: str | None,
+    *,
+    is_gradient: bool = False,
+) -> DenseProduct:
+    factors = kron_factors(kron_node.outputs[0]) or kron_node.inputs[:2]
+    shape = _shape_of(var)
+    # The gradient is dense because of what else the product goes into
+    others = [use for use in uses if not _is_pullback(use.client)]
+    reasons = [reason for use in others or uses for reason in use.reasons]
+    return DenseProduct(
+        names,
+        tuple(Factor(name_of(factor), _shape_of(factor)) for factor in factors),
+        shape,
+        var.type.dtype,
+        nbytes(shape, var.type.dtype),
+        tuple(dict.fromkeys(use.label for use in uses)),
+        tuple(dict.fromkeys(reasons)),
+        is_gradient,
+        inside,
+    )
+
+
+ADVICE = {
+    "Dot": "multiply the factors, (A (x) B)(C (x) D) = (A C) (x) (B D)",
+    "Mul": "multiply the factors, (A (x) B) * (C (x) D) = (A * C) (x) (B * D)",
+    "Subtensor": "index the factors, or what the product is multiplied with",
+    "MvNormalRV": "leave out `method`, unless the covariance is singular",
+    "Sum": "sum the factors, sum(A (x) B) = sum(A) sum(B)",
+    "Scan": "write the loop with the factors",
+    "gradient of kron": "write what the product goes into with the factors",
+}
+"""What to do about an operation that no rewrite knows, by its name."""
+
+
+def _use(program: _Program, product: Variable, var: Variable, client: Apply) -> _Use:
+    """Ask the rewrites, and then the journal, about an operation that a product goes into.
+
+    Parameters
+    ----------
+    product
+        The Kronecker product, or the gradient in one.
+    var
+        What goes in: the product, its transpose or a multiple.
+    client
+        The operation.
+    """
+    label = _label(client)
+    if isinstance(client.op, Output):
+        where = "graph" if program.inside is None else f"inner graph of `{program.inside}`"
+        reason = Reason(
+            f"it is an output of the {where}",
+            "ask for the factors, or for what the product is needed for",
+        )
+        return _Use(client, label, (reason,))
+
+    kron_node = product.owner
+    if kron_node is not None and isinstance(_core_op(kron_node), KroneckerProduct):
+        if kron_factors(product) is None:
+            ndims = " and ".join(str(inp.type.ndim) for inp in kron_node.inputs[:2])
+            reason = Reason(
+                f"`kron` of arrays with {ndims} dimensions isn't a product of matrices",
+                'for batches, pt.vectorize(pt.linalg.kron, "(i,j),(k,l)->(m,n)")',
+            )
+            return _Use(client, label, (reason,))
+        # The journal knows what became of a sum, an inverse or a Cholesky factor of the product
+        # too, and of the operation that another one has replaced since in a compiled function.
+        # The pullback of kron, which has the product among its inputs, is another matter
+        is_part = _is_about(product_in(client.outputs[0]), program, kron_node)
+        is_replaced = program.is_compiled and _is_linear_algebra(client)
+        journal = [
+            Reason(refusal.reason, refusal.advice)
+            for op, refusal in _refusals(program, kron_node)
+            if op == label or ((is_part or is_replaced) and op != "OpFromGraph")
+        ]
+    else:
+        journal = []
+
+    answers = [
+        Reason(f"`{rewrite}` didn't run", 'compile in a mode that includes it, like "FAST_RUN"')
+        if refusal is None
+        else Reason(refusal.reason, refusal.advice)
+        for rewrite, refusal in outcomes(program.fgraph, client)
+    ]
+    if _is_pullback(client):
+        unknown = "the gradient in the product is a dense array"
+    elif label == "Scan":
+        unknown = "it is computed before the loop, which only sees an array"
+    else:
+        unknown = f"no rewrite knows this `{label}` of a Kronecker product"
+    unknown_reason = Reason(unknown, ADVICE.get(label, "write it with the factors"))
+    found = journal or answers if program.is_compiled else answers or journal
+    return _Use(client, label, tuple(found or [unknown_reason]))
+
+
+def _refusals(program: _Program, kron_node: Apply) -> Iterator[tuple[str, Refusal]]:
+    """Yield the refusals in the journal that are about a product, with the operations."""
+    for entry in chain.from_iterable(program.entries.values()):
+        if entry.refusal is not None and any(
+            _is_about(product, program, kron_node) for product in entry.products
+        ):
+            yield entry.op, entry.refusal
+
+
+def _is_linear_algebra(node: Apply) -> bool:
+    return hasattr(_core_op(node), "gufunc_signature")
+
+
+def _is_about(product: Product | None, program: _Program, kron_node: Apply) -> bool:
+    """Whether an entry of the journal is about a product, as far as that can be known."""
+    current = product_in(kron_node.outputs[0])
+    if product is None or current is None:
+        return False
+    if program.is_compiled:
+        return (product.shapes, product.names) == (current.shapes, current.names)
+    return product.number == current.number
+
+
+def _core_op(node: Apply):
+    """Return the operation itself, without what batches it and what allocates its result."""
+    op = getattr(node.op, "core_op", node.op)
+    if isinstance(op, FinalizedOpFromGraph) and len(op.fgraph.apply_nodes) == 1:
+        [inner_node] = op.fgraph.apply_nodes
+        return _core_op(inner_node)
+    return op
+
+
+def _is_pullback(node: Apply) -> bool:
+    """Whether a node is what PyTensor makes of the gradient of ``kron``."""
+    if not isinstance(_core_op(node), OpFromGraph) or len(node.inputs) != 4:
+        return False
+    *factors, product, _ = node.inputs
+    return (
+        product.owner is not None
+        and isinstance(_core_op(product.owner), KroneckerProduct)
+        and list(product.owner.inputs[:2]) == factors
+    )
+
+
+def _label(node: Apply) -> str:
+    """Name an operation: an elementwise one by what it does, fused ones by all of that."""
+    if _is_pullback(node):
+        return "gradient of kron"
+    op = _core_op(node)
+    scalar_op = getattr(op, "scalar_op", None)
+    if isinstance(scalar_op, Composite):
+        names = (type(inner.op).__name__ for inner in scalar_op.fgraph.toposort())
+        return f"Composite of {', '.join(dict.fromkeys(names))}"
+    if isinstance(op, HasInnerGraph) and type(op).__name__ == "FusedElemwise":
+        return ", ".join(dict.fromkeys(map(_label, op.fgraph.toposort())))
+    if type(op).__name__ in ("Elemwise", "ScalarizedElemwise") and scalar_op is not None:
+        return type(scalar_op).__name__
+    return "output" if isinstance(op, Output) else type(op).__name__
+
+
+def _shape_of(var: Variable) -> StaticShape:
+    """Return the static shape, completed by what follows from constants and shared variables."""
+    static = var.type.shape
+    if None not in static:
+        return static
+    shapes = [var.shape[axis] for axis, size in enumerate(static) if size is None]
+    sizes = iter([_value_of(shape) for shape in resolve_shapes(shapes)])
+    return tuple(next(sizes) if size is None else size for size in static)
+
+
+def _value_of(size: Variable) -> int | None:
+    if all(isinstance(inp, Constant | SharedVariable) for inp in graph_inputs([size])):
+        # The sizes in a compiled graph are computed in place
+        return int(size.eval(mode=Mode(linker="py", optimizer=None), accept_inplace=True))
+    return None
+
+
+def _total[Number: (int, float)](values: Iterable[Number | None]) -> Number | None:
+    """Return the sum, None if one of the values isn't known."""
+    values = list(values)
+    known = [value for value in values if value is not None]
+    return sum(known) if len(known) == len(values) else None
+
+
+def _dense_table(dense: Sequence[DenseProduct]) -> tuple[list[str], list[list[str]]]:
+    rows = []
+    for product in dense:
+        gradient = "gradient in " if product.is_gradient else ""
+        inside = "" if product.inside is None else f"{product.inside} in "
+        rows.append(
+            [
+                gradient + _show_product(product.factors),
+                f"{_show_shape(product.shape)} {product.dtype}",
+                _show_bytes(product.nbytes),
+                inside + ", ".join(product.programs),
+                ", ".join(product.consumers),
+            ]
+        )
+    return ["product", "shape", "memory", "in", "used by"], rows
+
+
+def _fired_table(fired: Sequence[Fired]) -> tuple[list[str], list[list[str]]]:
+    header = ["rewrite", "operation", "product", "in", "times", "flops saved", "memory saved"]
+    rows = [
+        [
+            row.rewrite,
+            row.op,
+            "?" if row.factors is None else _show_product(row.factors),
+            row.program,
+            str(row.count),
+            _show_flops(row.flops_saved),
+            _show_bytes(row.bytes_saved),
+        ]
+        for row in fired
+    ]
+    return header, rows
+
+
+def _show_shape(shape: StaticShape) -> str:
+    return "x".join("?" if size is None else str(size) for size in shape)
+
+
+def _show_product(factors: Sequence[Factor]) -> str:
+    return " (x) ".join(map(str, factors))
+
+
+def _show_flops(flops: float | None) -> str:
+    if flops is None:
+        return "?"
+    if flops == 0:
+        return "-"
+    return f"{flops:.0f}" if abs(flops) < 1e4 else f"{flops:.1e}"
+
+
+def _show_bytes(n_bytes: float | None) -> str:
+    if n_bytes is None:
+        return "?"
+    if n_bytes == 0:
+        return "-"
+    exponent = min(int(np.log2(n_bytes)) // 10, 4)
+    unit = ("B", "KiB", "MiB", "GiB", "TiB")[exponent]
+    return f"{n_bytes / 1024**exponent:.{0 if exponent == 0 else 1}f} {unit}"
+
+
+def _text_of_dense(dense: Sequence[DenseProduct]) -> str:
+    """Return the table of what stays dense, with the reasons below each row."""
+    reasons = [
+        [
+            line
+            for reason in product.reasons
+            for line in wrap(
+                str(reason), WIDTH, initial_indent="  because ", subsequent_indent=" " * 10
+            )
+        ]
+        for product in dense
+    ]
+    return "\n".join([DENSE, *_text_table(*_dense_table(dense), reasons)])
+
+
+def _text_table(
+    header: list[str], rows: list[list[str]], notes: Sequence[list[str]] = ()
+) -> Iterator[str]:
+    """Yield the lines of a table in plain text, long cells wrapped, and notes below the rows."""
+    gap = "  "
+    columns = list(zip(header, *rows, strict=True))
+    widths = [max(map(len, column)) for column in columns]
+    longest_words = [max(map(len, " ".join(column).split())) for column in columns]
+    while (total := sum(widths) + len(gap) * (len(widths) - 1)) > WIDTH:
+        # Words are only broken where nothing else helps
+        spare = [width > word for width, word in zip(widths, longest_words, strict=True)]
+        i = max(range(len(widths)), key=lambda i: (spare[i], widths[i]))
+        widths[i] -= 1
+    rule = "-" * total
+
+    def lines(row: list[str]) -> Iterator[str]:
+        columns = [wrap(cell, width) for cell, width in zip(row, widths, strict=True)]
+        for parts in zip_longest(*columns, fillvalue=""):
+            line = gap.join(part.ljust(width) for part, width in zip(parts, widths, strict=True))
+            yield line.rstrip()
+
+    yield rule
+    yield from lines(header)
+    yield rule
+    for row, note in zip_longest(rows, notes, fillvalue=()):
+        yield from lines(list(row))
+        yield from note
+
+
+def _html_table(title: str, header: list[str], rows: list[list[str]]) -> str:
+    def line(tag: str, row: list[str]) -> str:
+        cells = (escape(cell).replace("\n", "<br>") for cell in row)
+        return f"<tr>{''.join(f'<{tag}>{cell}</{tag}>' for cell in cells)}</tr>"
+
+    body = "".join(line("td", row) for row in rows)
+    return (
+        f"<table><caption>{escape(title)}</caption>"
+        f"<thead>{line('th', header)}</thead><tbody>{body}</tbody></table>"
+    )

@@ -1,0 +1,750 @@
+"""Large matrices as sums of terms that are never formed.
+
+The gradient of something that holds a Kronecker product is, as a graph, a matrix of the size of
+that product: an outer product, an inverse, a multiple of the identity, or a sum of such things.
+`terms_of` reads such a graph as a sum of records, and the functions below do with the records
+what would be done with the matrices, one factor at a time. The graph stays the operator: a
+record holds variables of the graph and nothing else.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from math import prod
+
+import numpy as np
+from pytensor import tensor as pt
+from pytensor.assumptions.specify import SpecifyAssumptions
+from pytensor.graph.basic import Constant
+from pytensor.scalar.basic import Add, Cast, Mul, Neg, Second, Sub, TrueDiv
+from pytensor.tensor.basic import Alloc, AllocDiag
+from pytensor.tensor.blockwise import Blockwise
+from pytensor.tensor.elemwise import DimShuffle, Elemwise
+from pytensor.tensor.linalg.inverse import MatrixInverse, MatrixPinv
+from pytensor.tensor.linalg.products import Expm
+from pytensor.tensor.linalg.solvers.core import SolveBase
+from pytensor.tensor.math import Dot
+from pytensor.tensor.shape import Reshape, SpecifyShape
+from pytensor.tensor.subtensor import IncSubtensor, indices_from_subtensor
+from pytensor.tensor.variable import TensorVariable
+
+from pymc_kron.linalg import (
+    apply_to_columns,
+    factors_batch_ndim,
+    kron,
+    kron_matmul,
+    kron_of_vectors,
+)
+from pymc_kron.sizes import Sizes
+from pymc_kron.structure import (
+    Matrices,
+    Refusal,
+    column_sizes,
+    eye_sizes,
+    kron_factors,
+    row_sizes,
+    strip_transposes,
+)
+
+
+@dataclass(frozen=True)
+class Product:
+    """The term ``c (L_1 (x) ... (x) L_d) diag(v) (R_1 (x) ... (x) R_d)'``.
+
+    Attributes
+    ----------
+    left, right
+        The factors, or None for an identity matrix.
+    diagonal
+        The vector ``v``, ``(..., n_1*...*n_d)``, or None for ones. A product without it has no
+        `right` factors either.
+    scales
+        Scalars, ``(...)``, whose product is ``c``.
+    """
+
+    left: Matrices | None = None
+    diagonal: TensorVariable | None = None
+    right: Matrices | None = None
+    scales: Matrices = ()
+
+    @property
+    def is_kron(self) -> bool:
+        """Whether the term is a Kronecker product of its left factors, or the identity."""
+        return self.diagonal is None
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """The term ``c U V'``, entry by entry times ``W_1 (x) ... (x) W_d``.
+
+    Attributes
+    ----------
+    left, right
+        ``U`` and ``V``, ``(..., N, r)`` and ``(..., M, r)``.
+    weights
+        The factors ``W_i``, or None for ones.
+    scales
+        As in `Product`.
+    """
+
+    left: TensorVariable
+    right: TensorVariable
+    weights: Matrices | None = None
+    scales: Matrices = ()
+
+
+@dataclass(frozen=True)
+class Entries:
+    """A matrix of zeros but for the entries ``c values[t]`` at ``(rows[t], columns[t])``."""
+
+    rows: TensorVariable
+    columns: TensorVariable
+    values: TensorVariable
+    scales: Matrices = ()
+
+
+type Term = Product | LowRank | Entries
+type Terms = tuple[Term, ...]
+
+
+# Reading a graph
+
+
+def terms_of(var: TensorVariable, sizes: Sizes | None = None) -> Terms | None:
+    """Return the terms that a matrix is the sum of, or None if one of them is not known.
+
+    Parameters
+    ----------
+    var
+        The matrix, ``(..., N, M)``.
+    sizes
+        What is known about sizes, by default from the matrix alone.
+
+    Raises
+    ------
+    Refusal
+        If the sizes of factors that are multiplied aren't known to agree.
+    """
+    sizes = Sizes(var) if sizes is None else sizes
+    core, transposed = strip_transposes(var)
+    if core.type.ndim < 2:
+        return None
+    terms = _terms_of_core(core, sizes)
+    if terms is None or not transposed:
+        return terms
+    return tuple(map(transposed_term, terms))
+
+
+def _terms_of_core(var: TensorVariable, sizes: Sizes) -> Terms | None:
+    factors = kron_factors(var)
+    if factors is not None:
+        return (Product(*_without_scalars(factors)),)
+    if eye_sizes(var) is not None:
+        return (Product(),) if sizes.is_square(var) else None
+    match var.owner_op_and_inputs:
+        case (SpecifyAssumptions() | SpecifyShape() | Elemwise(scalar_op=Cast()), matrix, *_):
+            return terms_of(matrix, sizes)
+        case (Elemwise(scalar_op=Neg()), matrix):
+            return _scaled(terms_of(matrix, sizes), pt.constant(-1, dtype=matrix.type.dtype))
+        case (Elemwise(scalar_op=Add()), *matrices):
+            return _concatenated([_broadcast_terms(matrix, var, sizes) for matrix in matrices])
+        case (Elemwise(scalar_op=Sub()), plus, minus):
+            minus_one = pt.constant(-1, dtype=var.type.dtype)
+            return _concatenated(
+                [
+                    _broadcast_terms(plus, var, sizes),
+                    _scaled(_broadcast_terms(minus, var, sizes), minus_one),
+                ]
+            )
+        case (Elemwise(scalar_op=TrueDiv()), matrix, divisor) if (
+            divisor.type.ndim < 2 or 1 in divisor.type.shape[-2:]
+        ):
+            return _terms_of_elementwise_product([matrix, pt.reciprocal(divisor)], sizes)
+        case (Elemwise(scalar_op=Mul()), *matrices):
+            return _terms_of_elementwise_product(matrices, sizes)
+        case (Elemwise(scalar_op=Second()), like, value):
+            return _broadcast_terms(value, like, sizes)
+        case (Alloc(), value, *_):
+            return _broadcast_terms(value, var, sizes)
+        case (AllocDiag(offset=0, axis2=axis2), diagonal) if axis2 == var.type.ndim - 1:
+            return (Product(diagonal=diagonal),)
+        case (Dot() | Blockwise(core_op=Dot()), left, right):
+            return _terms_of_matmul(left, right, sizes)
+        case (IncSubtensor() as op, zeros, value, *indices) if _is_zero(zeros):
+            return _terms_of_entries(op, zeros, value, indices, sizes)
+        case (Reshape(ndim=2), vector, _):
+            return _terms_of_reshaped(vector, var, sizes)
+    return None
+
+
+def _without_scalars(factors: Matrices) -> tuple[Matrices, None, None, Matrices]:
+    """Split ``c A (x) B`` into the factors ``A``, ``B`` and the scalar ``c``."""
+    cores, scales = [], []
+    for factor in factors:
+        core = factor
+        while True:
+            match core.owner_op_and_inputs:
+                case (Elemwise(scalar_op=Neg()), inner):
+                    scales.append(pt.constant(-1, dtype=core.type.dtype))
+                case (Elemwise(scalar_op=TrueDiv()), inner, scalar) if is_scalar(scalar):
+                    scales.append(pt.reciprocal(batch_scalar(scalar)))
+                case (Elemwise(scalar_op=Mul()), *inputs):
+                    matrices = [inp for inp in inputs if not is_scalar(inp)]
+                    if len(matrices) != 1:
+                        break
+                    [inner] = matrices
+                    scales.extend(batch_scalar(inp) for inp in inputs if is_scalar(inp))
+                case _:
+                    break
+            core = inner
+        cores.append(core)
+    return tuple(cores), None, None, tuple(scales)
+
+
+def is_scalar(var: TensorVariable) -> bool:
+    """Whether a variable broadcasts one value over the last two axes."""
+    return all(var.type.broadcastable[-2:])
+
+
+def batch_scalar(var: TensorVariable) -> TensorVariable:
+    """Return a variable that has one entry along its last two axes without these axes."""
+    return var.squeeze(tuple(range(-min(var.type.ndim, 2), 0)))
+
+
+def _is_zero(var: TensorVariable) -> bool:
+    match var.owner_op_and_inputs:
+        case (Elemwise(scalar_op=Second()), _, value) | (Alloc(), value, *_):
+            return _is_zero(value)
+        case (DimShuffle(), value):
+            return _is_zero(value)
+    return isinstance(var, Constant) and not np.any(var.data)
+
+
+def _scaled(terms: Terms | None, scale: TensorVariable) -> Terms | None:
+    if terms is None:
+        return None
+    return tuple(replace(term, scales=(*term.scales, scale)) for term in terms)
+
+
+def _concatenated(parts: Sequence[Terms | None]) -> Terms | None:
+    terms: Terms = ()
+    for part in parts:
+        if part is None:
+            return None
+        terms += part
+    return terms
+
+
+def _broadcast_terms(var: TensorVariable, like: TensorVariable, sizes: Sizes) -> Terms | None:
+    """Return the terms of a variable that is broadcast to the shape of a matrix."""
+    rows_differ, columns_differ = (
+        broadcast and size != 1
+        for broadcast, size in zip(
+            (True, True, *var.type.broadcastable)[-2:], like.type.shape[-2:], strict=True
+        )
+    )
+    if not (rows_differ or columns_differ):
+        return terms_of(var, sizes)
+    if _is_zero(var):
+        return ()
+    var = pt.atleast_2d(var)
+    rows, columns = row_sizes([like]) + column_sizes([like])
+    dtype = var.type.dtype
+    if rows_differ and columns_differ:
+        ones = LowRank(pt.ones((rows, 1), dtype=dtype), pt.ones((columns, 1), dtype=dtype))
+        return _scaled((ones,), batch_scalar(var))
+    if rows_differ:
+        return (LowRank(pt.ones((rows, 1), dtype=dtype), var.mT),)
+    return (LowRank(var, pt.ones((columns, 1), dtype=dtype)),)
+
+
+def _terms_of_elementwise_product(inputs: Matrices, sizes: Sizes) -> Terms | None:
+    scalars = [inp for inp in inputs if is_scalar(inp)]
+    columns: list[TensorVariable] = []
+    rows: list[TensorVariable] = []
+    matrices: list[TensorVariable] = []
+    for inp in inputs:
+        if inp not in scalars:
+            is_row, is_column = inp.type.broadcastable[-2:] if inp.type.ndim > 1 else (True, False)
+            (rows if is_row else columns if is_column else matrices).append(inp)
+
+    terms: Terms | None
+    if matrices:
+        terms = terms_of(matrices[0], sizes)
+        for matrix in matrices[1:]:
+            terms = _pairwise(elementwise_product, terms, terms_of(matrix, sizes))
+        for column in columns:
+            terms = _pairwise(multiply, (Product(diagonal=column[..., 0]),), terms)
+        for row in rows:
+            diagonal = Product(diagonal=pt.atleast_2d(row)[..., 0, :])
+            terms = _pairwise(multiply, terms, (diagonal,))
+    elif columns and rows:
+        left = prod(columns[1:], start=columns[0])
+        right = prod(rows[1:], start=rows[0])
+        terms = (LowRank(left, pt.atleast_2d(right).mT),)
+    else:
+        return None
+    for scalar in scalars:
+        terms = _scaled(terms, batch_scalar(scalar))
+    return terms
+
+
+def _terms_of_matmul(left: TensorVariable, right: TensorVariable, sizes: Sizes) -> Terms | None:
+    if is_scalar(left) or is_scalar(right):
+        scalar, matrix = (left, right) if is_scalar(left) else (right, left)
+        return _scaled(terms_of(matrix, sizes), batch_scalar(scalar))
+    left_terms, right_terms = terms_of(left, sizes), terms_of(right, sizes)
+    if left_terms is None and right_terms is None:
+        if is_unread(left, sizes) or is_unread(right, sizes):
+            return None
+        return (LowRank(left, right.mT),)
+    if left_terms is None or right_terms is None:
+        # (U V') X = U (X' V)', whatever X is
+        known = right_terms if left_terms is None else left_terms
+        low_rank = [term for term in known or () if isinstance(term, LowRank) and not term.weights]
+        if len(low_rank) < len(known or ()):
+            return None
+        if left_terms is None:
+            return tuple(replace(term, left=left @ term.left) for term in low_rank)
+        return tuple(replace(term, right=right.mT @ term.right) for term in low_rank)
+    return _pairwise(multiply, left_terms, right_terms)
+
+
+def is_unread(var: TensorVariable, sizes: Sizes) -> bool:
+    """Whether a matrix is computed from one with known terms, and may have them after a rewrite.
+
+    The inverse of a Kronecker product is one once it has been rewritten. Before that, it isn't to
+    be taken for any matrix.
+    """
+    core, _ = strip_transposes(var)
+    match core.owner_op_and_inputs:
+        case (Blockwise(core_op=MatrixInverse() | MatrixPinv() | Expm()), matrix):
+            return terms_of(matrix, sizes) is not None
+        case (Blockwise(core_op=SolveBase(b_ndim=2)), _, columns):
+            return terms_of(columns, sizes) is not None
+        case (Dot() | Blockwise(core_op=Dot()), left, right):
+            return is_unread(left, sizes) or is_unread(right, sizes)
+    return False
+
+
+def _pairwise(operation, lefts: Terms | None, rights: Terms | None) -> Terms | None:
+    if lefts is None or rights is None:
+        return None
+    results = [operation(left, right) for left in lefts for right in rights]
+    return None if None in results else tuple(results)
+
+
+def _terms_of_entries(op: IncSubtensor, zeros, value, indices, sizes: Sizes) -> Terms | None:
+    """Return the terms of zeros with some of the entries set, the gradient of an indexing."""
+    if zeros.type.ndim != 2:
+        return None
+    match indices_from_subtensor(indices, op.idx_list):
+        case (row,) if not isinstance(row, slice):
+            return (LowRank(_unit_vector(row, zeros, 0), value[:, None]),)
+        case (row, slice(start=None, stop=None, step=None)) if not isinstance(row, slice):
+            return (LowRank(_unit_vector(row, zeros, 0), value[:, None]),)
+        case (slice(start=None, stop=None, step=None), column) if not isinstance(column, slice):
+            return (LowRank(value[:, None], _unit_vector(column, zeros, 1)),)
+        case (row, column) if not (isinstance(row, slice) or isinstance(column, slice)):
+            left, right = _unit_vector(row, zeros, 0), _unit_vector(column, zeros, 1)
+            return _scaled((LowRank(left, right),), value)
+        case (slice(step=None) as rows, slice(step=None) as columns):
+            match value.owner_op_and_inputs:
+                case (AllocDiag(offset=0), diagonal):
+                    return _terms_of_shifted_diagonal(diagonal, rows, columns, zeros, sizes)
+    return None
+
+
+def _unit_vector(index, zeros: TensorVariable, axis: int) -> TensorVariable:
+    one = pt.zeros((zeros.shape[axis], 1), dtype=zeros.type.dtype)
+    return one[index].set(1)
+
+
+def _terms_of_shifted_diagonal(
+    diagonal, rows: slice, columns: slice, zeros, sizes: Sizes
+) -> Terms | None:
+    starts = []
+    for part in (rows, columns):
+        match part.start:
+            case None:
+                starts.append(0)
+            case int(start) | Constant(data=start):
+                starts.append(int(start))
+            case _:
+                return None
+    shape = sizes.of(zeros, 0), sizes.of(zeros, 1)
+    if starts == [0, 0] and shape == (sizes.of(diagonal, 0),) * 2:
+        return (Product(diagonal=diagonal),)
+    positions = pt.arange(diagonal.shape[0])
+    return (Entries(positions + starts[0], positions + starts[1], diagonal),)
+
+
+def _terms_of_reshaped(var: TensorVariable, like: TensorVariable, sizes: Sizes) -> Terms | None:
+    """Return the terms of a matrix that was raveled and is put into its shape again."""
+    core, _ = strip_transposes(var) if 1 in var.type.shape else (var, False)
+    parts: list[Terms | None]
+    match core.owner_op_and_inputs:
+        case (Reshape(), matrix, _) if matrix.type.ndim == 2 and all(
+            sizes.of(matrix, axis) == sizes.of(like, axis) for axis in (0, 1)
+        ):
+            return terms_of(matrix, sizes)
+        case (Elemwise(scalar_op=Add()), *vectors):
+            parts = [_terms_of_reshaped(vector, like, sizes) for vector in vectors]
+            return _concatenated(parts)
+        case (Elemwise(scalar_op=Neg()), vector):
+            minus_one = pt.constant(-1, dtype=core.type.dtype)
+            return _scaled(_terms_of_reshaped(vector, like, sizes), minus_one)
+        case (Elemwise(scalar_op=TrueDiv()), vector, scalar) if is_scalar(scalar):
+            return _scaled(
+                _terms_of_reshaped(vector, like, sizes), pt.reciprocal(batch_scalar(scalar))
+            )
+        case (Dot() | Blockwise(core_op=Dot()) | Elemwise(scalar_op=Mul()), left, right):
+            if is_scalar(left) != is_scalar(right):
+                scalar, vector = (left, right) if is_scalar(left) else (right, left)
+                return _scaled(_terms_of_reshaped(vector, like, sizes), batch_scalar(scalar))
+    return None
+
+
+# Calculating with terms
+
+
+def transposed_term(term: Term) -> Term:
+    """Return the transpose of a term."""
+    match term:
+        case Product(left=left, diagonal=None) if left is not None:
+            return replace(term, left=tuple(factor.mT for factor in left))
+        case Product(left=left, right=right):
+            return replace(term, left=right, right=left)
+        case LowRank(left=left, right=right, weights=weights):
+            weights = None if weights is None else tuple(weight.mT for weight in weights)
+            return replace(term, left=right, right=left, weights=weights)
+        case Entries(rows=rows, columns=columns):
+            return replace(term, rows=columns, columns=rows)
+
+
+def scaled(values: TensorVariable, term: Term, core_ndim: int) -> TensorVariable:
+    """Multiply an array, with that many core dimensions, by the scalar of a term."""
+    for scale in term.scales:
+        values = scale[(..., *(None,) * core_ndim)] * values
+    return values
+
+
+def multiply(left: Term, right: Term) -> Term | None:
+    """Return the matrix product of two terms, if it is a term again."""
+    scales = (*left.scales, *right.scales)
+    match left, right:
+        case (LowRank(weights=None), _) if not isinstance(right, Entries):
+            columns = apply(transposed_term(replace(right, scales=())), left.right)
+            return replace(left, right=columns, scales=scales)
+        case (_, LowRank(weights=None)) if not isinstance(left, Entries):
+            columns = apply(replace(left, scales=()), right.left)
+            return replace(right, left=columns, scales=scales)
+        case (Product(is_kron=True), Product()):
+            return replace(right, left=_mixed(left.left, right.left), scales=scales)
+        case (Product(), Product(is_kron=True)):
+            factors = None if right.left is None else tuple(factor.mT for factor in right.left)
+            return replace(left, right=_mixed(factors, left.right), scales=scales)
+        case (Product(right=None), Product(left=None)):
+            # Both have a diagonal, or they would be Kronecker products
+            return Product(left.left, left.diagonal * right.diagonal, right.right, scales)  # type: ignore[operator]
+    return None
+
+
+def _mixed(lefts: Matrices | None, rights: Matrices | None) -> Matrices | None:
+    """Return the factors of a product of Kronecker products, None standing for the identity."""
+    if lefts is None or rights is None:
+        return rights if lefts is None else lefts
+    require_agreement(lefts, -1, rights, -2)
+    return tuple(left @ right for left, right in zip(lefts, rights, strict=True))
+
+
+def elementwise_product(left: Term, right: Term) -> Term | None:
+    """Return the product of two terms entry by entry, if it is a term again."""
+    scales = (*left.scales, *right.scales)
+    match left, right:
+        case (Product(is_kron=True, left=lefts), Product(is_kron=True, left=rights)):
+            if lefts is None or rights is None:
+                return None
+            _require_same_shapes(lefts, rights)
+            products = tuple(a * b for a, b in zip(lefts, rights, strict=True))
+            return Product(products, scales=scales)
+        case (LowRank(), Product(is_kron=True, left=factors)) if factors is not None:
+            weights = factors
+            if left.weights is not None:
+                _require_same_shapes(left.weights, factors)
+                weights = tuple(a * b for a, b in zip(left.weights, factors, strict=True))
+            return replace(left, weights=weights, scales=scales)
+        case (Product(), LowRank()):
+            return elementwise_product(right, left)
+    return None
+
+
+def apply(term: Term, columns: TensorVariable) -> TensorVariable:
+    """Return the product of a term and a matrix, ``(N,M),(M,r)->(N,r)``."""
+    match term:
+        case Product(left=left, diagonal=diagonal, right=right):
+            result = columns
+            if right is not None:
+                result = kron_matmul([factor.mT for factor in right], result, x_ndim=2)
+            if diagonal is not None:
+                result = diagonal[..., None] * result
+            if left is not None:
+                result = kron_matmul(left, result, x_ndim=2)
+        case LowRank(left=left, right=right, weights=None):
+            result = left @ (right.mT @ columns)
+        case _:
+            raise Refusal(f"a product with {type(term).__name__} terms isn't implemented")
+    return scaled(result, term, 2)
+
+
+def diagonal_of(term: Term) -> TensorVariable:
+    """Return the diagonal of a square term, ``(N,N)->(N)``, and a scalar for an identity."""
+    match term:
+        case LowRank(left=left, right=right, weights=None):
+            result = (left * right).sum(axis=-1)
+        case Product(left=None, right=None, diagonal=diagonal):
+            result = pt.ones(()) if diagonal is None else diagonal
+        case Product(left=left, right=right, diagonal=diagonal) if left is not None:
+            if diagonal is None or right is None:
+                diagonals = [pt.diagonal(factor, axis1=-2, axis2=-1) for factor in left]
+                result = kron_of_vectors(diagonals)
+                result = result if diagonal is None else result * diagonal
+            else:
+                products = [a * b for a, b in zip(left, right, strict=True)]
+                result = kron_matmul(products, diagonal)
+        case _:
+            raise Refusal(f"the diagonal of {type(term).__name__} terms isn't implemented")
+    return scaled(result, term, 1)
+
+
+def inner(left: Term, right: Term) -> TensorVariable:
+    """Return the sum of the products of the entries of two terms, ``(N,M),(N,M)->()``."""
+    scales = (*left.scales, *right.scales)
+    unscaled = replace(left, scales=()), replace(right, scales=())
+    match unscaled:
+        case (LowRank(weights=None) as low_rank, other) if not isinstance(other, Entries):
+            result = (low_rank.left * apply(other, low_rank.right)).sum(axis=(-2, -1))
+        case (other, LowRank(weights=None) as low_rank) if not isinstance(other, Entries):
+            result = (low_rank.left * apply(other, low_rank.right)).sum(axis=(-2, -1))
+        case (term, Product(is_kron=True, left=factors)) if factors is not None:
+            result = _inner_with_kron(term, factors)
+        case (Product(is_kron=True, left=factors), term) if factors is not None:
+            result = _inner_with_kron(term, factors)
+        case (Product(left=None, right=None), Product() as product) | (
+            Product() as product,
+            Product(left=None, right=None),
+        ):
+            weights = unscaled[0] if product is unscaled[1] else unscaled[1]
+            diagonal = diagonal_of(product)
+            diagonal = diagonal if weights.diagonal is None else diagonal * weights.diagonal
+            if diagonal.type.ndim == 0:
+                raise Refusal("the trace of an identity matrix is a number: write it down")
+            result = diagonal.sum(axis=-1)
+        case _:
+            raise Refusal("the inner product of these two matrices isn't implemented")
+    return scaled(result, Product(scales=scales), 0)
+
+
+def _inner_with_kron(term: Term, factors: Matrices) -> TensorVariable:
+    match term:
+        case Product(left=left, diagonal=diagonal, right=right):
+            parts = _diagonals_between(left, factors, right)
+            if diagonal is None:
+                sums = [part.sum(axis=-1) for part in parts]
+                return prod(sums[1:], start=sums[0])
+            together = kron_of_vectors(parts)
+            return (together * diagonal).sum(axis=-1)
+        case Entries(rows=rows, columns=columns, values=values):
+            entries = values
+            for factor, i, j in zip(
+                factors,
+                _unravelled(rows, row_sizes(factors)),
+                _unravelled(columns, column_sizes(factors)),
+                strict=True,
+            ):
+                entries = entries * factor[i, j]
+            return entries.sum(axis=-1)
+    raise Refusal("the inner product of these two matrices isn't implemented")
+
+
+def _diagonals_between(
+    left: Matrices | None, factors: Matrices, right: Matrices | None
+) -> list[TensorVariable]:
+    """Return ``diag(L_i' F_i R_i)`` for each factor, or the column sums of ``L_i * F_i``."""
+    if left is None and right is None:
+        return [pt.diagonal(factor, axis1=-2, axis2=-1) for factor in factors]
+    if left is None:
+        assert right is not None
+        return _diagonals_between(right, [factor.mT for factor in factors], None)
+    if right is None:
+        return [(a * b).sum(axis=-2) for a, b in zip(left, factors, strict=True)]
+    return [(a * (f @ b)).sum(axis=-2) for a, f, b in zip(left, factors, right, strict=True)]
+
+
+def contract(term: Term, factors: Matrices, start: int, stop: int) -> TensorVariable:
+    """Return the gradient in some factors of a Kronecker product, given that in the product.
+
+    ``sum(G * (A (x) X (x) B))`` is linear in ``X``; its coefficients, as a matrix, are returned.
+    Where ``G`` is an outer product of ``u`` and ``v``, they are ``U (A (x) B) V'``, with ``u``
+    and ``v`` as matrices with a row for each index of ``X``.
+
+    Parameters
+    ----------
+    term
+        The term ``G``.
+    factors
+        All factors of the product.
+    start, stop
+        ``X`` stands for the factors from `start` up to `stop`.
+    """
+    before, group, after = factors[:start], factors[start:stop], factors[stop:]
+    match term:
+        case LowRank(left=left, right=right, weights=weights):
+            if weights is not None:
+                weighted = [a * b for a, b in zip(weights, factors, strict=True)]
+                before, after = weighted[:start], weighted[stop:]
+            result = _contract_low_rank(left, right, before, group, after)
+            if weights is not None:
+                result = result * kron(*weights[start:stop])
+        case Product():
+            result = _contract_product(term, factors, start, stop)
+        case Entries(rows=rows, columns=columns, values=values):
+            result = _contract_entries(rows, columns, values, before, group, after)
+    return scaled(result, term, 2)
+
+
+def _contract_low_rank(left, right, before, group, after) -> TensorVariable:
+    group_rows, group_columns = prod(row_sizes(group)), prod(column_sizes(group))
+    others = [*before, *after]
+    maps = [
+        *(factor.__matmul__ for factor in before),
+        lambda columns: columns,
+        *(factor.__matmul__ for factor in after),
+    ]
+    out_sizes = (*row_sizes(before), group_columns, *row_sizes(after))
+    mapped = apply_to_columns(
+        maps,
+        (*column_sizes(before), group_columns, *column_sizes(after)),
+        out_sizes,
+        right,
+        batch_ndim=max(0, factors_batch_ndim(others)) if others else 0,
+    )
+    n_before, n_after = prod(row_sizes(before)), prod(row_sizes(after))
+    [rank] = column_sizes([left])
+
+    def unfolded(columns, size):
+        batch = tuple(columns.shape)[:-2]
+        if n_before == 1:
+            return columns.reshape((*batch, size, n_after * rank))
+        grid = pt.moveaxis(columns.reshape((*batch, n_before, size, n_after * rank)), -2, -3)
+        return grid.reshape((*batch, size, n_before * n_after * rank))
+
+    return unfolded(left, group_rows) @ unfolded(mapped, group_columns).mT
+
+
+def _contract_product(term: Product, factors: Matrices, start: int, stop: int) -> TensorVariable:
+    left, diagonal, right = term.left, term.diagonal, term.right
+    others = [*factors[:start], *factors[stop:]]
+
+    def other_factors(matrices):
+        return None if matrices is None else [*matrices[:start], *matrices[stop:]]
+
+    parts = _diagonals_between(other_factors(left), others, other_factors(right))
+    if diagonal is None:
+        sums = [part.sum(axis=-1) for part in parts]
+        weight = prod(sums[1:], start=sums[0])[..., None, None]
+        if left is None:
+            sizes = row_sizes(factors[start:stop])
+            return weight * pt.eye(prod(sizes), dtype=weight.type.dtype)
+        return weight * kron(*left[start:stop])
+
+    # Sum the diagonal over the axes of the other factors, with their weights
+    sizes = column_sizes(left or right or factors)
+    before, group, after = sizes[:start], prod(sizes[start:stop]), sizes[stop:]
+    maps = [part[..., None, :].__matmul__ for part in parts]
+    maps.insert(start, lambda columns: columns)
+    summed = apply_to_columns(
+        maps,
+        (*before, group, *after),
+        (*(1 for _ in before), group, *(1 for _ in after)),
+        diagonal[..., None],
+        batch_ndim=max(part.type.ndim for part in parts) - 1,
+    )[..., 0]
+    if left is None and right is None:
+        return pt.vectorize(pt.diag, "(n)->(n,n)")(summed)
+    result = None if left is None else kron(*left[start:stop]) * summed[..., None, :]
+    if right is None:
+        return result
+    columns = kron(*right[start:stop])
+    if result is None:
+        return (columns * summed[..., None, :]).mT
+    return result @ columns.mT
+
+
+def _contract_entries(rows, columns, values, before, group, after) -> TensorVariable:
+    row_index = _unravelled(rows, (*row_sizes(before), prod(row_sizes(group)), *row_sizes(after)))
+    column_index = _unravelled(
+        columns, (*column_sizes(before), prod(column_sizes(group)), *column_sizes(after))
+    )
+    position = len(before)
+    i, j = row_index.pop(position), column_index.pop(position)
+    for factor, row, column in zip([*before, *after], row_index, column_index, strict=True):
+        values = values * factor[row, column]
+    shape = (prod(row_sizes(group)), prod(column_sizes(group)))
+    return pt.zeros(shape, dtype=values.type.dtype)[i, j].inc(values)
+
+
+def _unravelled(index: TensorVariable, sizes) -> list[TensorVariable]:
+    indices = []
+    for size in reversed(sizes):
+        indices.append(index % size)
+        index = index // size
+    return indices[::-1]
+
+
+def require_conforming(term: Term, factors: Matrices, sizes: Sizes) -> None:
+    """Raise a `Refusal` unless a term is known to have the factors' sizes, axis by axis.
+
+    That is what `contract` and `inner`, with a Kronecker product, take for granted.
+    """
+    match term:
+        case Product(left=None, right=None):
+            _require_square(factors, sizes)
+        case Product(left=None, right=right) if right is not None:
+            require_conforming(transposed_term(term), [factor.mT for factor in factors], sizes)
+        case Product(left=left, right=None) if left is not None:
+            _require_same_shapes(left, factors, sizes)
+        case Product(left=left, right=right) if left is not None and right is not None:
+            require_agreement(left, -2, factors, -2, sizes)
+            require_agreement(right, -2, factors, -1, sizes)
+        case LowRank(weights=weights) if weights is not None:
+            _require_same_shapes(weights, factors, sizes)
+
+
+def require_agreement(
+    lefts: Matrices, axis: int, rights: Matrices, other_axis: int, sizes: Sizes | None = None
+) -> None:
+    """Raise a `Refusal` unless the sizes of an axis of two lists of factors agree."""
+    if len(lefts) != len(rights):
+        raise Refusal(
+            f"one product has {len(lefts)} factors and the other one {len(rights)}",
+            "write both with the same factors",
+        )
+    sizes = Sizes(*lefts, *rights) if sizes is None else sizes
+    for i, (left, right) in enumerate(zip(lefts, rights, strict=True), 1):
+        if sizes.of(left, axis) != sizes.of(right, other_axis):
+            raise Refusal(
+                f"the sizes of factor {i} of the two products, {left.type.shape} and "
+                f"{right.type.shape}, aren't known to agree",
+                "give the factors static shapes",
+            )
+
+
+def _require_same_shapes(lefts: Matrices, rights: Matrices, sizes: Sizes | None = None) -> None:
+    require_agreement(lefts, -2, rights, -2, sizes)
+    require_agreement(lefts, -1, rights, -1, sizes)
+
+
+def _require_square(factors: Matrices, sizes: Sizes) -> None:
+    for i, factor in enumerate(factors, 1):
+        if not sizes.is_square(factor):
+            raise Refusal(f"factor {i} isn't known to be square", "give it a static shape")
