@@ -136,6 +136,14 @@ class KronSum:
             [logdet for _, _, logdet in decompositions],
         )
 
+    def roots(self, basis: "Basis") -> list[TensorVariable]:
+        """Return ``inv(P_i)'`` for each axis: ``M = R diag(Lambda) R'`` with their product R."""
+        # P' D P = I
+        return [
+            vectors if metric is None else metric @ vectors
+            for (_, metric), vectors in zip(self.axes, basis.vectors, strict=True)
+        ]
+
     def pull_back(self, term: Term) -> list[TensorVariable]:
         """Return the gradients in all `inputs`, given the gradient in the sum as a term."""
         scale_gradients = []
@@ -170,11 +178,6 @@ class Basis:
     vectors: Matrices
     values: TensorVariable
     metric_logdets: Sequence[TensorVariable | None]
-
-    @property
-    def inverse(self) -> Product:
-        """The inverse of the sum."""
-        return Product(self.vectors, pt.reciprocal(self.values), self.vectors)
 
     def project(self, x: TensorVariable) -> TensorVariable:
         """Return ``P' x`` of a batch of vectors, ``(n_1*...*n_d)->(n_1*...*n_d)``."""

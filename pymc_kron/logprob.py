@@ -5,17 +5,24 @@ variable the factorwise log-density; it runs before the representation is canoni
 covariance as it was written. In a program that draws, it gives the factorwise draw.
 """
 
+from pymc.distributions.multivariate import MatrixNormalRV
+from pymc.distributions.shape_utils import implicit_size_from_params, rv_size_is_none
 from pymc.logprob.rewriting import logprob_rewrites_db
+from pytensor import tensor as pt
 from pytensor.compile.mode import optdb
+from pytensor.compile.rewriting import inline_ofg_node
 from pytensor.graph.basic import Apply, Variable
 from pytensor.graph.fg import FunctionGraph
 from pytensor.graph.rewriting.basic import dfs_rewriter
 from pytensor.tensor.random.basic import MvNormalRV
 from pytensor.tensor.variable import TensorVariable
 
+from pymc_kron.distributions.kron_sum_mvnormal import KronSumMvNormalRV
 from pymc_kron.distributions.kronecker_mvnormal import Form, KroneckerMvNormalRV
-from pymc_kron.rewriting.bundle import recorded, tags_of
+from pymc_kron.rewriting.bundle import as_replacement, recorded, tags_of
 from pymc_kron.rewriting.facts import positive_definite_factors
+from pymc_kron.rewriting.gram import is_root_of_kron
+from pymc_kron.rewriting.sums import kron_sum_of
 from pymc_kron.structure import (
     Matrices,
     gram_root,
@@ -24,12 +31,19 @@ from pymc_kron.structure import (
     square_kron_factors,
     strip_transposes,
 )
+from pymc_kron.unfolded import keep_kron_unfolded
 
 
 @recorded([MvNormalRV])
 def mvnormal_of_kron_logp(fgraph, node):
     """MvNormal(mu, cov=A (x) B) -> KroneckerMvNormal(mu, covs=[A, B]), likewise chol and tau"""
     return _as_kronecker_mvnormal(fgraph, node)
+
+
+@recorded([MvNormalRV])
+def mvnormal_of_kron_sum_logp(fgraph, node):
+    """MvNormal(mu, cov=A (x) B + s I) -> the normal whose covariance is Q diag(Lambda) Q'"""
+    return _as_kron_sum_mvnormal(fgraph, node)
 
 
 @recorded([MvNormalRV])
@@ -40,7 +54,45 @@ def mvnormal_of_kron_draws(fgraph, node):
     """
     if node.op.method != "cholesky":
         return None
-    return _as_kronecker_mvnormal(fgraph, node)
+    return _inlined(_as_kronecker_mvnormal(fgraph, node))
+
+
+@recorded([MvNormalRV])
+def mvnormal_of_kron_sum_draws(fgraph, node):
+    """MvNormal(mu, cov=A (x) B + s I) -> mu + (Q_A (x) Q_B) (sqrt(Lambda) z)"""
+    if node.op.method != "cholesky":
+        return None
+    return _inlined(_as_kron_sum_mvnormal(fgraph, node))
+
+
+@recorded([MatrixNormalRV])
+def matrixnormal_of_kron_draws(fgraph, node):
+    """MatrixNormal(mu, rowchol=A (x) B, colchol=C (x) D) -> mu + ((A (x) B) Z) (C (x) D)'"""
+    rng, size, mu, rowchol, colchol = node.inputs
+    if not any(map(is_root_of_kron, (rowchol, colchol))):
+        return None
+    if rv_size_is_none(size):
+        size = implicit_size_from_params(mu, rowchol, colchol, ndims_params=[2, 2, 2])
+    shape = (*size, rowchol.shape[-1], colchol.shape[-1])
+    next_rng, z = pt.random.normal(size=shape, rng=rng, return_next_rng=True)
+    return [next_rng, as_replacement(node.outputs[1], mu + rowchol @ z @ colchol.mT)]
+
+
+def _inlined(outputs: list[Variable] | None) -> list[Variable] | None:
+    return None if outputs is None else inline_ofg_node(outputs[0].owner)
+
+
+def _as_kron_sum_mvnormal(fgraph: FunctionGraph, node: Apply) -> list[Variable] | None:
+    rng, size, mu, cov = node.inputs
+    kron_sum = kron_sum_of(fgraph, cov)
+    if kron_sum is None:
+        return None
+    dtype = node.outputs[1].type.dtype
+    layout = kron_sum.layout
+    rv = KronSumMvNormalRV.rv_op(
+        mu, *kron_sum.inputs, layout=layout, size=size, rng=rng, dtype=dtype
+    )
+    return rv.owner.outputs
 
 
 def _as_kronecker_mvnormal(fgraph: FunctionGraph, node: Apply) -> list[Variable] | None:
@@ -89,16 +141,22 @@ def _matrix_and_form(
 
 
 # Between the lowering of named dims and the canonicalization of the representation
-logprob_rewrites_db.register(
-    "mvnormal_of_kron_logp",
-    dfs_rewriter(mvnormal_of_kron_logp),
-    *tags_of("mvnormal_of_kron_logp", "basic"),
-    position=0.5,
-)
-# Before the inner graphs of symbolic random variables are inlined
-optdb.register(
-    "mvnormal_of_kron_draws",
-    dfs_rewriter(mvnormal_of_kron_draws),
-    *tags_of("mvnormal_of_kron_draws", "fast_run", "fast_compile"),
-    position=-0.02,
-)
+for position, rewrite in (
+    (0.5, mvnormal_of_kron_logp),
+    (0.5, mvnormal_of_kron_sum_logp),
+    (0.6, keep_kron_unfolded),
+):
+    logprob_rewrites_db.register(
+        rewrite.__name__,
+        dfs_rewriter(rewrite),
+        *tags_of(rewrite.__name__, "basic"),
+        position=position,
+    )
+# After the inner graphs of symbolic random variables are inlined: pm.MvStudentT draws a MvNormal
+for rewrite in (mvnormal_of_kron_draws, mvnormal_of_kron_sum_draws, matrixnormal_of_kron_draws):
+    optdb.register(
+        rewrite.__name__,
+        dfs_rewriter(rewrite),
+        *tags_of(rewrite.__name__, "fast_run", "fast_compile"),
+        position=-0.005,
+    )

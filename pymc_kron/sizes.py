@@ -30,6 +30,8 @@ from pytensor.tensor.subtensor import Subtensor
 from pytensor.tensor.utils import _parse_gufunc_signature
 from pytensor.tensor.variable import TensorVariable
 
+from pymc_kron.unfolded import without_unfolded
+
 type Token = tuple[Variable, int | None]
 
 
@@ -174,6 +176,7 @@ class Sizes:
 
     def _scalar(self, size: Variable) -> SizeProduct:
         """Return what is known about a size that the graph computes."""
+        size = without_unfolded(size)
         match size:
             case Constant(data=data):
                 return SizeProduct(int(data))

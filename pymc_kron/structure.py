@@ -26,6 +26,8 @@ from pytensor.tensor.math import Dot, neg, variadic_mul
 from pytensor.tensor.rewriting.linalg.utils import strip_left_expand_dims_and_transpose
 from pytensor.tensor.variable import TensorVariable
 
+from pymc_kron.unfolded import without_unfolded
+
 type Matrices = Sequence[TensorVariable]
 type Size = int | TensorVariable
 
@@ -59,7 +61,8 @@ def kron_factors(var: TensorVariable) -> tuple[TensorVariable, ...] | None:
     None also for ``kron`` of anything but matrices: with more than two dimensions
     ``pt.linalg.kron`` multiplies the leading ones instead of batching over them.
     """
-    core, transposed = strip_transposes(var)
+    core, transposed = strip_transposes(without_assumptions(var))
+    core = without_assumptions(core)
     factors = _factors_of_product(core) or _factors_of_multiple(core)
     if factors is None:
         return None
@@ -121,7 +124,7 @@ def _factors_of_product(var: TensorVariable) -> tuple[TensorVariable, ...] | Non
         return None
 
     factors: list[TensorVariable] = []
-    for operand in operands:
+    for operand in map(without_unfolded, operands):
         nested = kron_factors(operand)
         if nested is None:
             matrix, transposed = strip_transposes(operand)
@@ -186,7 +189,7 @@ def is_identity(var: TensorVariable) -> bool:
     core = without_assumptions(var)
     sizes = eye_sizes(core)
     if sizes is not None:
-        rows, columns = sizes
+        rows, columns = map(without_unfolded, sizes)
         return rows is columns or (
             isinstance(rows, Constant) and isinstance(columns, Constant) and rows.equals(columns)
         )

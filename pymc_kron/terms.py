@@ -140,6 +140,8 @@ def _terms_of_core(var: TensorVariable, sizes: Sizes) -> Terms | None:
         return (Product(*_without_scalars(factors)),)
     if eye_sizes(var) is not None:
         return (Product(),) if sizes.is_square(var) else None
+    if isinstance(var, Constant):
+        return _terms_of_constant(var)
     match var.owner_op_and_inputs:
         case (SpecifyAssumptions() | SpecifyShape() | Elemwise(scalar_op=Cast()), matrix, *_):
             return terms_of(matrix, sizes)
@@ -174,6 +176,16 @@ def _terms_of_core(var: TensorVariable, sizes: Sizes) -> Terms | None:
         case (Reshape(ndim=2), vector, _):
             return _terms_of_reshaped(vector, var, sizes)
     return None
+
+
+def _terms_of_constant(var: Constant) -> Terms | None:
+    """Return a square diagonal matrix as a term, if the constant is one."""
+    if var.type.ndim != 2 or var.data.shape[0] != var.data.shape[1]:
+        return None
+    diagonal = var.data.diagonal()
+    if np.count_nonzero(var.data) > np.count_nonzero(diagonal):
+        return None
+    return (Product(diagonal=pt.constant(diagonal)),)
 
 
 def _without_scalars(factors: Matrices) -> tuple[Matrices, None, None, Matrices]:

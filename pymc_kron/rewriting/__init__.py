@@ -19,6 +19,7 @@ from pymc_kron.rewriting.noise import (
     solve_of_kron_sum,
     whitened_norm_of_kron_sum,
 )
+from pymc_kron.rewriting.gram import trace_of_gram_solve
 from pymc_kron.rewriting.quadratic import whitened_norm_of_kron_solve
 from pymc_kron.rewriting.determinant import det_of_kron
 from pymc_kron.rewriting.decomposition import cholesky_of_kron
@@ -68,6 +69,7 @@ __all__ = [
     "subtensor_of_kron",
     "sum_of_kron",
     "svd_of_kron",
+    "trace_of_gram_solve",
     "whitened_norm_of_kron_solve",
     "whitened_norm_of_kron_sum",
 ]

@@ -18,6 +18,7 @@ from pytensor.graph.basic import Apply, Variable
 from pytensor.graph.fg import FunctionGraph
 from pytensor.graph.rewriting.basic import (
     GraphRewriter,
+    MergeOptimizer,
     NodeProcessingGraphRewriter,
     NodeRewriter,
     WalkingGraphRewriter,
@@ -26,6 +27,7 @@ from pytensor.graph.rewriting.basic import (
 )
 from pytensor.graph.rewriting.db import LocalGroupDB, RewriteDatabase
 from pytensor.tensor.basic import atleast_Nd
+from pytensor.tensor.linalg.products import KroneckerProduct
 from pytensor.tensor.variable import TensorVariable
 
 from pymc_kron.rewriting.journal import Refusal, record
@@ -123,6 +125,10 @@ def as_replacement(old_out: TensorVariable, new_out: TensorVariable) -> TensorVa
     return new_out
 
 
+def _is_kron(op) -> bool:
+    return isinstance(getattr(op, "core_op", op), KroneckerProduct)
+
+
 class BundleWalk(GraphRewriter):
     """Walk over a graph, outputs first, until the rewrites find nothing more to do."""
 
@@ -135,10 +141,17 @@ class BundleWalk(GraphRewriter):
 
     def add_requirements(self, fgraph):
         """Attach what the walk needs."""
+        MergeOptimizer().add_requirements(fgraph)
         self.walk.add_requirements(fgraph)
 
     def apply(self, fgraph):
-        """Walk until nothing changes."""
+        """Walk until nothing changes.
+
+        PyMC rewrites log-densities without merging equal variables first. What one call promises
+        of a matrix holds for an equal one.
+        """
+        if any(_is_kron(node.op) for node in fgraph.apply_nodes):
+            MergeOptimizer().apply(fgraph)
         for _ in range(self.max_walks):
             [_, _, replaced, *_] = self.walk.apply(fgraph)
             if not replaced:

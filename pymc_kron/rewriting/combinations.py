@@ -49,7 +49,7 @@ def matmul_of_kron_sum(fgraph, node):
         return None
     if is_unread(right if right_terms is None else left, sizes):
         return None
-    terms = left_terms or right_terms
+    terms = right_terms if left_terms is None else left_terms
     if not any(isinstance(term, Product) and term.left is not None for term in terms):
         return None
     dtype = old_out.type.dtype

@@ -7,6 +7,7 @@ from pytensor.tensor.elemwise import DimShuffle
 from pytensor.tensor.linalg.decomposition.cholesky import Cholesky
 from pytensor.tensor.linalg.decomposition.eigen import Eigh, Eigvalsh
 from pytensor.tensor.linalg.solvers.general import Solve
+from pytensor.tensor.random.basic import MvNormalRV
 from pytensor.tensor.variable import TensorVariable
 
 from pymc_kron.linalg import with_aligned_signs
@@ -81,9 +82,9 @@ def root_of(fgraph: FunctionGraph, factor: TensorVariable) -> Root:
 def is_promised_symmetric(fgraph: FunctionGraph, var: TensorVariable) -> bool:
     """Whether a matrix is known to be symmetric, or a call in the graph promises that it is.
 
-    A solve with ``assume_a="pos"``, a Cholesky factor or symmetric eigenvalues of the same matrix
-    promise it for every other use. The promise is kept as PyTensor's ``tag.symmetric``, since the
-    call that made it may be rewritten first.
+    A solve with ``assume_a="pos"``, a Cholesky factor or symmetric eigenvalues of the same matrix,
+    or a normal distribution with that covariance, promise it for every other use. The promise is
+    kept as PyTensor's ``tag.symmetric``, since the call that made it may be rewritten first.
     """
     core, _ = strip_transposes(var)
     if is_symmetric(fgraph, core) or getattr(core.tag, "symmetric", False):
@@ -102,6 +103,8 @@ def _clients(fgraph, var):
 
 def _promises_symmetry(node) -> bool:
     match getattr(node.op, "core_op", node.op):
-        case Solve(assume_a="pos" | "sym" | "her") | Cholesky() | Eigh() | Eigvalsh():
+        case (
+            Solve(assume_a="pos" | "sym" | "her") | Cholesky() | Eigh() | Eigvalsh() | MvNormalRV()
+        ):
             return True
     return False

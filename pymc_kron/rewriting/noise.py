@@ -60,10 +60,8 @@ def whitened_norm_of_kron_sum(fgraph, node):
     kron_sum = kron_sum_of(fgraph, M)
     if kron_sum is None:
         return None
-    old_out, batch_axes = form
     op = KronSumQuadratic(layout=kron_sum.layout)
-    norms = op(*kron_sum.inputs, x.astype(old_out.type.dtype))
-    return {old_out: as_replacement(old_out, norms.sum(axis=batch_axes))}
+    return form.replaced_by(op(*kron_sum.inputs, x.astype(form.out.type.dtype)))
 
 
 @register_kron(blockwise_of(Det))

@@ -6,7 +6,7 @@ from pytensor.tensor.rewriting.blockwise import blockwise_of
 
 from pymc_kron.linalg import kron, kron_matmul
 from pymc_kron.rewriting.bundle import as_replacement, register_kron
-from pymc_kron.rewriting.conforming import conforming_factors
+from pymc_kron.rewriting.conforming import conforming_factors, refuse_overflow
 from pymc_kron.sizes import Sizes
 from pymc_kron.structure import (
     gram_root,
@@ -30,6 +30,8 @@ def mixed_product_of_kron(fgraph, node):
     if left_factors is None or right_factors is None:
         return None
     refuse_dtype(old_out, "fciu")
+    refuse_overflow(left, left_factors, old_out)
+    refuse_overflow(right, right_factors, old_out)
 
     dtype = old_out.type.dtype
     root = gram_root(old_out)

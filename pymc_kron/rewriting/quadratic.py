@@ -1,12 +1,18 @@
 """``x' (A (x) B)^-1 x = |(L_A^-1 (x) L_B^-1) x|^2``: one sweep over the factors, not two."""
 
+from dataclasses import dataclass
+
 import numpy as np
+from pytensor import tensor as pt
+from pytensor.graph.basic import Variable
 from pytensor.graph.rewriting.unify import OpPattern
-from pytensor.scalar.basic import Mul, Pow, Sqr
+from pytensor.scalar.basic import Mul, Neg, Pow, Sqr
+from pytensor.tensor.blockwise import Blockwise
 from pytensor.tensor.elemwise import DimShuffle, Elemwise
 from pytensor.tensor.linalg.solvers.general import Solve
 from pytensor.tensor.math import Dot, Sum
 from pytensor.tensor.rewriting.blockwise import blockwise_of
+from pytensor.tensor.variable import TensorVariable
 
 from pymc_kron.linalg import factors_batch_ndim, sum_of_squares
 from pymc_kron.rewriting.bundle import as_replacement, register_kron
@@ -28,65 +34,132 @@ def whitened_norm_of_kron_solve(fgraph, node):
     form = quadratic_form_in(fgraph, node)
     if form is None:
         return None
-    old_out, batch_axes = form
 
     sizes = column_sizes(factors)
     roots = [root_of(fgraph, factor) for factor in positive_definite_factors(fgraph, factors)]
     norms = sum_of_squares(
         [root.whiten for root in roots], sizes, b, batch_ndim=factors_batch_ndim(factors)
     )
-    return {old_out: as_replacement(old_out, norms.sum(axis=batch_axes))}
+    return form.replaced_by(norms)
 
 
-def quadratic_form_in(fgraph, solve_node):
-    """Return the quadratic form of the solution with its right-hand side.
+@dataclass(frozen=True)
+class Form:
+    """A number that a rewrite replaces: some scalars times a quadratic form or squared norm.
 
-    And the axes that are summed besides the last one.
+    Attributes
+    ----------
+    out
+        What is replaced.
+    batch_axes
+        The axes that are summed besides the last one.
+    scales
+        The scalars.
     """
+
+    out: TensorVariable
+    batch_axes: tuple[int, ...] = ()
+    scales: tuple[TensorVariable, ...] = ()
+
+    def replaced_by(self, norms: TensorVariable) -> dict[Variable, Variable]:
+        """Return the replacement of the form, given the norm or the form of each vector."""
+        total = norms.sum(axis=self.batch_axes)
+        for scale in self.scales:
+            total = scale.squeeze() * total
+        return {self.out: as_replacement(self.out, total)}
+
+
+def quadratic_form_in(fgraph, solve_node) -> Form | None:
+    """Return the quadratic form of the solution with its right-hand side, its only use."""
     _, b = solve_node.inputs
     [x] = solve_node.outputs
-    client = _only_client(fgraph, x)
-    match getattr(client, "op", None):
-        case Elemwise(scalar_op=Mul()) if len(client.inputs) == 2:
+    match list(_uses(fgraph, x)):
+        case [(node, operand, scales)]:
+            pass
+        case _:
+            return None
+    match node.op:
+        case Elemwise(scalar_op=Mul()) if len(node.inputs) == 2:
             # (b * x).sum(-1)
-            if strip_transposes(_other_input(client, x)) == strip_transposes(b):
-                return _sum_over_vectors(fgraph, client.out, x)
-        case DimShuffle(is_expand_dims=True) if x.type.ndim == 1:
+            other, other_scales = _without_scalars(_other_input(node, operand))
+            if not other_scales and strip_transposes(other) == strip_transposes(b):
+                return _sum_over_vectors(fgraph, node.out, x, scales)
+        case Dot() | Blockwise(core_op=Dot()) if _is_inner_product(node, x):
             # b[None, :] @ x[:, None], which is what b @ x becomes
-            column_or_row = client.out
-            dot_node = _only_client(fgraph, column_or_row)
-            if _is_inner_product(dot_node):
-                match _other_input(dot_node, column_or_row).owner_op_and_inputs:
-                    case (DimShuffle(is_expand_dims=True), other) if other is b:
-                        return dot_node.out, ()
+            other, other_scales = _without_scalars(_other_input(node, operand))
+            if other is b:
+                return Form(node.out, scales=(*scales, *other_scales))
     return None
 
 
-def squared_norm_of(fgraph, node):
-    """Return the squared norm of the result of a node, as `quadratic_form_in` does."""
+def squared_norm_of(fgraph, node) -> Form | None:
+    """Return the squared norm of the result of a node, its only use."""
     [w] = node.outputs
-    clients = list(dict.fromkeys(client for client, _ in fgraph.clients[w]))
-    match [(client.op, *client.inputs) for client in clients]:
-        case [(Elemwise(scalar_op=Sqr()), _)]:
-            return _sum_over_vectors(fgraph, clients[0].out, w)
-        case [(Elemwise(scalar_op=Pow()), base, exponent)] if base is w:
+    uses = list(_uses(fgraph, w))
+    match [(use.op, scales) for use, _, scales in uses]:
+        case [(Elemwise(scalar_op=Sqr()), ())]:
+            return _sum_over_vectors(fgraph, uses[0][0].out, w, ())
+        case [(Elemwise(scalar_op=Pow()), ())]:
+            base, exponent = uses[0][0].inputs
             while isinstance(exponent.owner_op, DimShuffle):
                 [exponent] = exponent.owner.inputs
-            if np.all(getattr(exponent, "data", 0) == 2):
-                return _sum_over_vectors(fgraph, clients[0].out, w)
-        case [(Elemwise(scalar_op=Mul()), left, right)] if left is w and right is w:
-            return _sum_over_vectors(fgraph, clients[0].out, w)
-        case [(DimShuffle(is_expand_dims=True), _), (DimShuffle(is_expand_dims=True), _)]:
+            if base is w and np.all(getattr(exponent, "data", 0) == 2):
+                return _sum_over_vectors(fgraph, uses[0][0].out, w, ())
+        case [(Elemwise(scalar_op=Mul()), left), (Elemwise(scalar_op=Mul()), right)]:
+            if uses[0][0] is uses[1][0] and len(uses[0][0].inputs) == 2:
+                return _sum_over_vectors(fgraph, uses[0][0].out, w, (*left, *right))
+        case [
+            (Dot() | Blockwise(core_op=Dot()), left),
+            (Dot() | Blockwise(core_op=Dot()), right),
+        ]:
             # w[None, :] @ w[:, None], which is what w @ w becomes
-            dot_nodes = {_only_client(fgraph, client.out) for client in clients}
-            if w.type.ndim == 1 and len(dot_nodes) == 1:
-                [dot_node] = dot_nodes
-                if _is_inner_product(dot_node):
-                    return dot_node.out, ()
+            if uses[0][0] is uses[1][0] and _is_inner_product(uses[0][0], w):
+                return Form(uses[0][0].out, scales=(*left, *right))
     return None
 
 
-def _sum_over_vectors(fgraph, products, vectors):
+def _uses(fgraph, var, scales=()):
+    """Yield the nodes that use a vector, or scalar multiples of it, as ``(node, input, scalars)``.
+
+    Axes that are added to a vector are looked through.
+    """
+    for client, _ in fgraph.clients[var]:
+        match client.op:
+            case DimShuffle(is_expand_dims=True):
+                yield from _uses(fgraph, client.out, scales)
+                continue
+            case Elemwise(scalar_op=Mul()):
+                others = [inp for inp in client.inputs if inp is not var]
+                if len(others) == len(client.inputs) - 1 and all(map(_is_number, others)):
+                    yield from _uses(fgraph, client.out, (*scales, *others))
+                    continue
+            case Elemwise(scalar_op=Neg()):
+                yield from _uses(fgraph, client.out, (*scales, pt.constant(-1.0)))
+                continue
+        yield client, var, scales
+
+
+def _without_scalars(var):
+    """Split a scalar multiple of a vector, with axes added, into the vector and the scalars."""
+    match var.owner_op_and_inputs:
+        case (DimShuffle(is_expand_dims=True), inner):
+            return _without_scalars(inner)
+        case (Elemwise(scalar_op=Neg()), inner):
+            core, scales = _without_scalars(inner)
+            return core, (*scales, pt.constant(-1.0))
+        case (Elemwise(scalar_op=Mul()), *inputs):
+            vectors = [inp for inp in inputs if not _is_number(inp)]
+            if len(vectors) == 1:
+                core, scales = _without_scalars(vectors[0])
+                return core, (*scales, *(inp for inp in inputs if _is_number(inp)))
+    return var, ()
+
+
+def _is_number(var):
+    return all(var.type.broadcastable)
+
+
+def _sum_over_vectors(fgraph, products, vectors, scales):
     """Return the only use of some products, if it is a sum over the last axis of the vectors."""
     sum_node = _only_client(fgraph, products)
     if (
@@ -100,15 +173,11 @@ def _sum_over_vectors(fgraph, products, vectors):
     axes = tuple(range(vectors.type.ndim)) if axes is None else axes
     if vector_axis not in axes:
         return None
-    return sum_node.out, tuple(axis for axis in axes if axis != vector_axis)
+    return Form(sum_node.out, tuple(axis for axis in axes if axis != vector_axis), scales)
 
 
-def _is_inner_product(node):
-    return (
-        node is not None
-        and isinstance(getattr(node.op, "core_op", node.op), Dot)
-        and node.out.type.broadcastable == (True, True)
-    )
+def _is_inner_product(node, vector):
+    return vector.type.ndim == 1 and node.out.type.broadcastable == (True, True)
 
 
 def _other_input(node, var):

@@ -59,12 +59,15 @@ def frobenius_product_of_kron(fgraph, node):
     [old_out] = node.outputs
     if left is None or right is None or old_out.type.broadcastable != (True, True):
         return None
+    left_factors, right_factors = kron_factors(left), kron_factors(right)
     refuse_dtype(old_out, "fciu")
+    refuse_overflow(left, left_factors, old_out)
+    refuse_overflow(right, right_factors, old_out)
     dtype = old_out.type.dtype
     if left is right:
-        pairs = [(factor, factor) for factor in kron_factors(left)]
+        pairs = [(factor, factor) for factor in left_factors]
     else:
-        pairs = conforming_factors(kron_factors(left), kron_factors(right), SAME_SHAPE)
+        pairs = conforming_factors(left_factors, right_factors, SAME_SHAPE)
     sums = [(a.astype(dtype) * c.astype(dtype)).sum(dtype=dtype) for a, c in pairs]
     return [as_replacement(old_out, variadic_mul(*sums))]
 
