@@ -16,6 +16,7 @@ from pytensor.scalar.basic import Cast, Mul
 from pytensor.tensor.basic import (
     Alloc,
     AllocDiag,
+    ExtractDiag,
     Eye,
     MakeVector,
     ScalarFromTensor,
@@ -138,15 +139,27 @@ class Sizes:
                 return self._of(inp, new_order[axis])
             case (Elemwise(), *inputs):
                 # All inputs that aren't broadcast along the axis agree
-                return self._of(next(inp for inp in inputs if inp.type.shape[axis] != 1), axis)
+                others = (inp for inp in inputs if inp.type.shape[axis] != 1)
+                like = next(others, None)
+                return SizeProduct(1) if like is None else self._of(like, axis)
             case (SpecifyAssumptions() | SpecifyShape(), inp, *_):
                 return self._of(inp, axis)
             case (Alloc(), _, *shape):
                 return self._scalar(shape[axis])
             case (Eye() | Blockwise(core_op=Eye()), rows, columns, _) if var.type.ndim == 2:
                 return self._scalar((rows, columns)[axis])
-            case (AllocDiag(offset=0), diagonal) if from_end >= -2:
+            case (AllocDiag(offset=0, axis1=first, axis2=second), diagonal) if axis in (
+                first,
+                second,
+            ):
                 return self._of(diagonal, -1)
+            case (Blockwise(core_op=AllocDiag(offset=0)), diagonal) if from_end >= -2:
+                return self._of(diagonal, -1)
+            case (ExtractDiag(offset=0, axis1=first, axis2=second), inp) if from_end == -1:
+                # The diagonal of a square matrix is as long as its rows
+                rows, columns = self._of(inp, first), self._of(inp, second)
+                if self._canonical(rows) == self._canonical(columns):
+                    return rows
             case (KroneckerProduct() | Blockwise(core_op=KroneckerProduct()), left, right):
                 if left.type.ndim == right.type.ndim and from_end >= -2:
                     return self._of(left, from_end) * self._of(right, from_end)

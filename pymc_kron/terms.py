@@ -24,7 +24,11 @@ from pytensor.tensor.linalg.products import Expm
 from pytensor.tensor.linalg.solvers.core import SolveBase
 from pytensor.tensor.math import Dot
 from pytensor.tensor.shape import Reshape, SpecifyShape
-from pytensor.tensor.subtensor import IncSubtensor, indices_from_subtensor
+from pytensor.tensor.subtensor import (
+    AdvancedIncSubtensor,
+    IncSubtensor,
+    indices_from_subtensor,
+)
 from pytensor.tensor.variable import TensorVariable
 
 from pymc_kron.linalg import (
@@ -160,7 +164,7 @@ def _terms_of_core(var: TensorVariable, sizes: Sizes) -> Terms | None:
         case (Elemwise(scalar_op=TrueDiv()), matrix, divisor) if (
             divisor.type.ndim < 2 or 1 in divisor.type.shape[-2:]
         ):
-            return _terms_of_elementwise_product([matrix, pt.reciprocal(divisor)], sizes)
+            return _terms_of_elementwise_product([matrix, _reciprocal(divisor, var)], sizes)
         case (Elemwise(scalar_op=Mul()), *matrices):
             return _terms_of_elementwise_product(matrices, sizes)
         case (Elemwise(scalar_op=Second()), like, value):
@@ -169,10 +173,21 @@ def _terms_of_core(var: TensorVariable, sizes: Sizes) -> Terms | None:
             return _broadcast_terms(value, var, sizes)
         case (AllocDiag(offset=0, axis2=axis2), diagonal) if axis2 == var.type.ndim - 1:
             return (Product(diagonal=diagonal),)
+        case (Blockwise(core_op=AllocDiag(offset=0, axis1=0, axis2=1)), diagonal):
+            return (Product(diagonal=diagonal),)
         case (Dot() | Blockwise(core_op=Dot()), left, right):
             return _terms_of_matmul(left, right, sizes)
         case (IncSubtensor() as op, zeros, value, *indices) if _is_zero(zeros):
             return _terms_of_entries(op, zeros, value, indices, sizes)
+        case (
+            AdvancedIncSubtensor(idx_list=(int(), int()), set_instead_of_inc=False),
+            zeros,
+            values,
+            rows,
+            columns,
+        ) if _is_zero(zeros) and {"bool"}.isdisjoint({rows.type.dtype, columns.type.dtype}):
+            entries = pt.broadcast_arrays(rows, columns, values)
+            return (Entries(*(array.ravel() for array in entries)),)
         case (Reshape(ndim=2), vector, _):
             return _terms_of_reshaped(vector, var, sizes)
     return None
@@ -198,7 +213,7 @@ def _without_scalars(factors: Matrices) -> tuple[Matrices, None, None, Matrices]
                 case (Elemwise(scalar_op=Neg()), inner):
                     scales.append(pt.constant(-1, dtype=core.type.dtype))
                 case (Elemwise(scalar_op=TrueDiv()), inner, scalar) if is_scalar(scalar):
-                    scales.append(pt.reciprocal(batch_scalar(scalar)))
+                    scales.append(_reciprocal(batch_scalar(scalar), core))
                 case (Elemwise(scalar_op=Mul()), *inputs):
                     matrices = [inp for inp in inputs if not is_scalar(inp)]
                     if len(matrices) != 1:
@@ -220,6 +235,14 @@ def is_scalar(var: TensorVariable) -> bool:
 def batch_scalar(var: TensorVariable) -> TensorVariable:
     """Return a variable that has one entry along its last two axes without these axes."""
     return var.squeeze(tuple(range(-min(var.type.ndim, 2), 0)))
+
+
+def _reciprocal(divisor: TensorVariable, quotient: TensorVariable) -> TensorVariable:
+    """Return one divided by a divisor, in the precision of the quotient.
+
+    The reciprocal of a small integer, as an operation of its own, is of single precision.
+    """
+    return pt.constant(1, dtype=quotient.type.dtype) / divisor
 
 
 def _is_zero(var: TensorVariable) -> bool:
@@ -407,7 +430,7 @@ def _terms_of_reshaped(var: TensorVariable, like: TensorVariable, sizes: Sizes) 
             return _scaled(_terms_of_reshaped(vector, like, sizes), minus_one)
         case (Elemwise(scalar_op=TrueDiv()), vector, scalar) if is_scalar(scalar):
             return _scaled(
-                _terms_of_reshaped(vector, like, sizes), pt.reciprocal(batch_scalar(scalar))
+                _terms_of_reshaped(vector, like, sizes), _reciprocal(batch_scalar(scalar), core)
             )
         case (Dot() | Blockwise(core_op=Dot()) | Elemwise(scalar_op=Mul()), left, right):
             if is_scalar(left) != is_scalar(right):
@@ -730,6 +753,15 @@ def require_conforming(term: Term, factors: Matrices, sizes: Sizes) -> None:
             require_agreement(right, -2, factors, -1, sizes)
         case LowRank(weights=weights) if weights is not None:
             _require_same_shapes(weights, factors, sizes)
+
+
+def require_square(term: Term, sizes: Sizes) -> None:
+    """Raise a `Refusal` unless the diagonal of a term is made of diagonals of its factors."""
+    match term:
+        case Product(left=left, right=right) if left is not None and right is not None:
+            require_agreement(left, -2, right, -2, sizes)
+        case Product(left=left, right=right):
+            _require_square(left or right or (), sizes)
 
 
 def require_agreement(

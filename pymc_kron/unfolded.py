@@ -27,8 +27,9 @@ class Unfolded(Op):
     def perform(self, node, inputs, output_storage):
         output_storage[0][0] = inputs[0]
 
-    def infer_shape(self, fgraph, node, input_shapes):
-        return input_shapes
+    def infer_shape(self, *args):
+        # Older versions of PyTensor pass the graph, before the node and the shapes
+        return args[-1]
 
     def pullback(self, inputs, outputs, cotangents):
         return cotangents

@@ -8,6 +8,7 @@ under the tag ``kron``. ``mode.excluding("kron")`` turns all of them off, and
 # The order is the order of precedence
 from pymc_kron.rewriting.gradient import pullback_of_kron
 from pymc_kron.rewriting.combinations import (
+    diagonal_of_kron_sum,
     inner_product_of_kron,
     matmul_of_kron_sum,
     pullback_of_diagonal_matrix,
@@ -19,6 +20,7 @@ from pymc_kron.rewriting.noise import (
     solve_of_kron_sum,
     whitened_norm_of_kron_sum,
 )
+from pymc_kron.rewriting.exponential import expm_of_kron_sum
 from pymc_kron.rewriting.gram import trace_of_gram_solve
 from pymc_kron.rewriting.quadratic import whitened_norm_of_kron_solve
 from pymc_kron.rewriting.determinant import det_of_kron
@@ -44,10 +46,12 @@ __all__ = [
     "det_of_kron",
     "det_of_kron_sum",
     "diagonal_of_kron",
+    "diagonal_of_kron_sum",
     "div_of_kron",
     "eigh_of_kron",
     "eigvalsh_of_kron",
     "elemwise_of_kron",
+    "expm_of_kron_sum",
     "frobenius_product_of_kron",
     "inner_product_of_kron",
     "inv_of_kron",

@@ -153,7 +153,7 @@ class BundleWalk(GraphRewriter):
         if any(_is_kron(node.op) for node in fgraph.apply_nodes):
             MergeOptimizer().apply(fgraph)
         for _ in range(self.max_walks):
-            [_, _, replaced, *_] = self.walk.apply(fgraph)
+            [_, replaced, *_] = self.walk.apply(fgraph)
             if not replaced:
                 break
 

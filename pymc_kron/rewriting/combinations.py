@@ -6,24 +6,28 @@ in ``s`` the trace of ``G``.
 """
 
 from functools import cache
+from itertools import chain
 
 from pytensor import tensor as pt
 from pytensor.compile.builders import OpFromGraph
 from pytensor.graph.traversal import ancestors
-from pytensor.scalar.basic import Mul
-from pytensor.tensor.basic import AllocDiag
+from pytensor.scalar.basic import Mul, Neg, TrueDiv
+from pytensor.tensor.basic import AllocDiag, ExtractDiag, second
 from pytensor.tensor.elemwise import Elemwise
 from pytensor.tensor.linalg.products import KroneckerProduct
-from pytensor.tensor.math import Dot, Sum
+from pytensor.tensor.math import Dot, Sum, variadic_mul
 from pytensor.tensor.rewriting.blockwise import blockwise_of
 from pytensor.tensor.variable import TensorVariable
 
 from pymc_kron.kron_sum import KronSumOp
 from pymc_kron.rewriting.bundle import as_replacement, register_kron
+from pymc_kron.rewriting.facts import note_square_factors
+from pymc_kron.rewriting.indexing import is_of_last_axes
 from pymc_kron.sizes import Sizes
-from pymc_kron.structure import kron_factors
+from pymc_kron.structure import Matrices, kron_factors, refuse_dtype
 from pymc_kron.terms import (
     Product,
+    Terms,
     apply,
     batch_scalar,
     diagonal_of,
@@ -31,6 +35,7 @@ from pymc_kron.terms import (
     is_scalar,
     is_unread,
     require_conforming,
+    require_square,
     terms_of,
     transposed_term,
 )
@@ -67,39 +72,84 @@ def inner_product_of_kron(fgraph, node):
     """sum(G * H) -> the sum over the terms of G and H, where a Kronecker product is behind one"""
     [products] = node.inputs
     [old_out] = node.outputs
-    match products.owner_op_and_inputs:
-        case (Elemwise(scalar_op=Mul()), *inputs):
-            pass
-        case _:
-            return None
     ndim = products.type.ndim
     axes = set(range(ndim)) if node.op.axis is None else set(node.op.axis)
-    scalars = [inp for inp in inputs if is_scalar(inp)]
-    matrices = [inp for inp in inputs if not is_scalar(inp)]
-    if (
-        ndim < 2
-        or not {ndim - 2, ndim - 1} <= axes
-        or len(matrices) != 2
-        or any(matrix.type.broadcastable[-2:] != (False, False) for matrix in matrices)
-    ):
+    if ndim < 2 or not {ndim - 2, ndim - 1} <= axes:
+        return None
+    scales, divisors, others = _multiplied(products)
+    matrices = _as_two_matrices(others)
+    if matrices is None:
         return None
 
     sizes = Sizes(*matrices)
     left, right = (terms_of(matrix, sizes) for matrix in matrices)
     if left is None or right is None or not _is_behind(*matrices):
         return None
+    refuse_dtype(products, "fc")
+    note_square_factors(fgraph, _factors_in((*left, *right)), sizes)
     pairs = [(a, b) for a in left for b in right]
     for a, b in pairs:
         for term, other in ((a, b), (b, a)):
             if isinstance(term, Product) and term.is_kron and term.left is not None:
                 require_conforming(other, term.left, sizes)
     total = sum(inner(a, b) for a, b in pairs)
-    for scalar in scalars:
-        total = batch_scalar(scalar) * total
+    for scale in scales:
+        total = batch_scalar(scale) * total
+    for divisor in divisors:
+        total = total / batch_scalar(divisor)
     batch_axes = tuple(axes - {ndim - 2, ndim - 1})
     if batch_axes:
         total = pt.broadcast_to(total, tuple(products.shape)[:-2]).sum(axis=batch_axes)
     return [as_replacement(old_out, total)]
+
+
+def _multiplied(var: TensorVariable) -> tuple[list, list, list]:
+    """Split a product into scalars, scalars that it is divided by, and what isn't a scalar."""
+    match var.owner_op_and_inputs:
+        case _ if is_scalar(var):
+            return [var], [], []
+        case (Elemwise(scalar_op=Neg()), inner):
+            scales, divisors, others = _multiplied(inner)
+            return [pt.constant(-1, dtype=var.type.dtype, ndim=2), *scales], divisors, others
+        case (Elemwise(scalar_op=TrueDiv()), dividend, divisor) if is_scalar(divisor):
+            scales, divisors, others = _multiplied(dividend)
+            return scales, [*divisors, divisor], others
+        case (Elemwise(scalar_op=Mul()), *inputs):
+            parts = zip(*map(_multiplied, inputs), strict=True)
+            scales, divisors, others = ([*chain.from_iterable(part)] for part in parts)
+            return scales, divisors, others
+    return [], [], [var]
+
+
+def _as_two_matrices(others: Matrices) -> Matrices | None:
+    """Return two matrices with the same product, entry by entry: a Kronecker product first."""
+    matrices = [i for i, var in enumerate(others) if _is_matrix(var)]
+    if not matrices or len(others) < 2:
+        return None
+    first = next((i for i in matrices if kron_factors(others[i]) is not None), matrices[0])
+    rest = variadic_mul(*others[:first], *others[first + 1 :])
+    return others[first], rest if _is_matrix(rest) else second(others[first], rest)
+
+
+def _is_matrix(var: TensorVariable) -> bool:
+    return var.type.broadcastable[-2:] == (False, False)
+
+
+@register_kron(ExtractDiag)
+def diagonal_of_kron_sum(fgraph, node):
+    """diagonal(Q diag(w) Q') -> (Q_A**2 (x) Q_B**2) w, and the diagonals of sums of such terms"""
+    [G] = node.inputs
+    [old_out] = node.outputs
+    if node.op.offset != 0 or not is_of_last_axes(node) or kron_factors(G) is not None:
+        return None
+    sizes = Sizes(G)
+    terms = terms_of(G, sizes)
+    if terms is None or not _is_behind(G):
+        return None
+    note_square_factors(fgraph, _factors_in(terms), sizes)
+    if not sizes.is_square(G):
+        return None
+    return [as_replacement(old_out, _diagonal(terms, pt.zeros(old_out.shape), sizes))]
 
 
 @register_kron(OpFromGraph)
@@ -112,12 +162,27 @@ def pullback_of_diagonal_matrix(fgraph, node):
     terms = terms_of(G)
     if terms is None or not _is_behind(G):
         return None
-    total = vector.zeros_like()
+    sizes = Sizes(G)
+    note_square_factors(fgraph, _factors_in(terms), sizes)
+    return [as_replacement(old_out, _diagonal(terms, vector.zeros_like(), sizes))]
+
+
+def _factors_in(terms: Terms) -> Matrices:
+    return [
+        factor
+        for term in terms
+        if isinstance(term, Product)
+        for factor in (*(term.left or ()), *(term.right or ()))
+    ]
+
+
+def _diagonal(terms: Terms, zeros: TensorVariable, sizes: Sizes) -> TensorVariable:
+    """Return the sum of the diagonals of some terms, beginning with zeros."""
+    total = zeros
     for term in terms:
-        if isinstance(term, Product) and term.left is not None:
-            require_conforming(Product(), term.left, Sizes(G))
+        require_square(term, sizes)
         total = total + diagonal_of(term)
-    return [as_replacement(old_out, total)]
+    return total
 
 
 def _is_diagonal_pullback(op) -> bool:

@@ -86,7 +86,8 @@ def div_of_kron(fgraph, node):
 
     if is_scalar:
         first, *others = (factor.astype(old_out.type.dtype) for factor in factors)
-        quotients = [dividend / first, *map(pt.reciprocal, others)]
+        one = pt.constant(1, dtype=old_out.type.dtype)
+        quotients = [dividend / first, *(one / other for other in others)]
     else:
         pairs = conforming_factors(dividend_factors, factors, SAME_SHAPE)
         quotients = [a.astype(old_out.type.dtype) / c for a, c in pairs]

@@ -12,6 +12,7 @@ from pytensor.tensor.variable import TensorVariable
 
 from pymc_kron.linalg import with_aligned_signs
 from pymc_kron.roots import Root
+from pymc_kron.sizes import Sizes, is_provably_square
 from pymc_kron.structure import (
     Matrices,
     gram_root,
@@ -36,6 +37,23 @@ def positive_definite_factors(fgraph: FunctionGraph, factors: Matrices) -> Matri
     for i, factor in zip(unproved, with_aligned_signs([factors[i] for i in unproved]), strict=True):
         aligned[i] = factor
     return aligned
+
+
+def are_square(fgraph: FunctionGraph, factors: Matrices) -> bool:
+    """Whether all factors are known to be square."""
+    return all(is_square(fgraph, factor) for factor in factors)
+
+
+def is_square(fgraph: FunctionGraph, factor: TensorVariable) -> bool:
+    """Whether a factor is known to be square, by its sizes or because it is symmetric."""
+    return is_provably_square(factor) or is_symmetric(fgraph, factor)
+
+
+def note_square_factors(fgraph: FunctionGraph, matrices: Matrices, sizes: Sizes) -> None:
+    """Make known to the sizes which of some factors are square because they are symmetric."""
+    for matrix in matrices:
+        if is_symmetric(fgraph, matrix):
+            sizes.note_square(matrix)
 
 
 def symmetric_factors(fgraph: FunctionGraph, factors: Matrices) -> Matrices:

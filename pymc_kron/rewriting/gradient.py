@@ -17,6 +17,7 @@ from pytensor.tensor.blockwise import Blockwise
 from pytensor.tensor.linalg.products import KroneckerProduct
 
 from pymc_kron.rewriting.bundle import as_replacement, register_kron
+from pymc_kron.rewriting.facts import note_square_factors
 from pymc_kron.sizes import Sizes
 from pymc_kron.structure import Refusal, kron_factors
 from pymc_kron.terms import contract, require_conforming, terms_of
@@ -39,6 +40,7 @@ def pullback_of_kron(fgraph, node):
     groups = [kron_factors(factor) or (factor,) for factor in (A, B)]
     factors = (*groups[0], *groups[1])
     split = len(groups[0])
+    note_square_factors(fgraph, factors, sizes)
     for term in terms:
         require_conforming(term, factors, sizes)
     news = []

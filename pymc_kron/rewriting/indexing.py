@@ -9,6 +9,7 @@ from pytensor.scalar.basic import ScalarVariable
 from pytensor.tensor.basic import ExtractDiag, atleast_Nd
 from pytensor.tensor.exceptions import NotScalarConstantError
 from pytensor.tensor.math import variadic_mul
+from pytensor.tensor.sort import ArgSortOp
 from pytensor.tensor.subtensor import (
     AdvancedSubtensor,
     Subtensor,
@@ -18,25 +19,8 @@ from pytensor.tensor.subtensor import (
 
 from pymc_kron.linalg import kron_of_vectors
 from pymc_kron.rewriting.bundle import as_replacement, register_kron
-from pymc_kron.sizes import is_provably_square
-from pymc_kron.structure import (
-    Refusal,
-    column_sizes,
-    is_positive_definite,
-    is_symmetric,
-    kron_factors,
-    row_sizes,
-)
-
-
-def are_square(fgraph, factors):
-    """Whether the factors are all known to be square."""
-    return all(
-        is_provably_square(factor)
-        or is_symmetric(fgraph, factor)
-        or is_positive_definite(fgraph, factor)
-        for factor in factors
-    )
+from pymc_kron.rewriting.facts import are_square
+from pymc_kron.structure import Refusal, column_sizes, kron_factors, row_sizes
 
 
 def is_of_last_axes(node):
@@ -169,13 +153,16 @@ def _rows(factors, rows):
 
 
 def _refuse_all(index, size):
-    """Raise a `Refusal` if an array of indices is known to be as long as the axis.
+    """Raise a `Refusal` if an array of indices is known, or bound, to be as long as the axis.
 
     A product with its rows or columns in another order is no smaller than the product, which is
     still seen to be one.
     """
-    length = pt.as_tensor(index).type.shape
-    if length and None not in length and isinstance(size, int) and prod(length) >= size:
+    index = pt.as_tensor(index)
+    length = index.type.shape
+    is_order = isinstance(index.owner_op, ArgSortOp)
+    is_long = length and None not in length and isinstance(size, int) and prod(length) >= size
+    if is_order or is_long:
         raise Refusal("as many rows or columns are taken as there are", "index the factors")
 
 

@@ -8,12 +8,12 @@ these don't make one of the product. There, sizes have to be proved.
 from pytensor.graph.fg import FunctionGraph
 from pytensor.tensor.variable import TensorVariable
 
-from pymc_kron.sizes import axis_size, is_provably_square
+from pymc_kron.rewriting.facts import is_square
+from pymc_kron.sizes import axis_size
 from pymc_kron.structure import (
     Matrices,
     Refusal,
     is_empty,
-    is_symmetric,
     kron_factors,
     refuse_dtype,
     square_kron_factors,
@@ -59,11 +59,6 @@ def proved_square_kron_factors(
             "give them static shapes, or pt.assume(..., symmetric=True)",
         )
     return factors
-
-
-def is_square(fgraph: FunctionGraph, factor: TensorVariable) -> bool:
-    """Whether a factor is known to be square, also because it is known to be symmetric."""
-    return is_provably_square(factor) or is_symmetric(fgraph, factor)
 
 
 def is_tall(fgraph: FunctionGraph, factor: TensorVariable) -> bool:

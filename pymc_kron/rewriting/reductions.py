@@ -9,7 +9,8 @@ from pytensor.tensor.shape import Reshape
 from pymc_kron.linalg import kron_of_vectors
 from pymc_kron.rewriting.bundle import as_replacement, register_kron
 from pymc_kron.rewriting.conforming import SAME_SHAPE, conforming_factors, refuse_overflow
-from pymc_kron.rewriting.indexing import are_square, is_of_last_axes
+from pymc_kron.rewriting.facts import are_square
+from pymc_kron.rewriting.indexing import is_of_last_axes
 from pymc_kron.structure import kron_factors, refuse_dtype
 
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pytensor import tensor as pt
 from pytensor.graph.basic import Constant
 from pytensor.graph.fg import FunctionGraph
-from pytensor.scalar.basic import Add, Mul, Second, Sub
+from pytensor.scalar.basic import Add, Mul, Neg, Second, Sub, TrueDiv
 from pytensor.tensor.basic import Alloc
 from pytensor.tensor.elemwise import DimShuffle, Elemwise
 from pytensor.tensor.variable import TensorVariable
@@ -26,8 +26,9 @@ from pymc_kron.structure import (
     is_symmetric,
     refuse_dtype,
     strip_transposes,
+    without_assumptions,
 )
-from pymc_kron.terms import Product, Term, require_agreement, terms_of
+from pymc_kron.terms import Product, Term, is_scalar, require_agreement, terms_of
 
 type Parts = list[tuple[Matrices, Matrices | None]]
 
@@ -41,7 +42,7 @@ def kron_sum_of(fgraph: FunctionGraph, var: TensorVariable) -> KronSum | None:
         If one basis isn't known to diagonalise the sum, or the matrices aren't known to be
         symmetric.
     """
-    parts = _parts_of_sum(var)
+    parts = read_sum(var)
     if parts is None:
         return None
     refuse_dtype(var, "f")
@@ -66,7 +67,7 @@ def kron_sum_of(fgraph: FunctionGraph, var: TensorVariable) -> KronSum | None:
             metrics.append(metric)
 
     dtype = var.type.dtype
-    scales = [_product_of(scales, dtype) for scales, _ in parts]
+    scales = [scalar_product(scales, dtype) for scales, _ in parts]
     layout = Layout(tuple(map(tuple, uses_signal)), tuple(has_metric))
     return KronSum(
         layout,
@@ -76,14 +77,20 @@ def kron_sum_of(fgraph: FunctionGraph, var: TensorVariable) -> KronSum | None:
     )
 
 
-def _parts_of_sum(var: TensorVariable) -> Parts | None:
-    """Return the scalars and the factors of each term, with None for an identity matrix."""
-    core, _ = strip_transposes(var)
-    match core.owner_op_and_inputs:
-        case (Elemwise(scalar_op=Add() | Sub()), *addends):
-            pass
-        case _:
-            return None
+def read_sum(var: TensorVariable) -> Parts | None:
+    """Return the scalars and the factors of each term, with None for an identity matrix.
+
+    None if there is no Kronecker product in the sum, or nothing else.
+
+    Raises
+    ------
+    Refusal
+        If anything else than Kronecker products and multiples of the identity is in the sum.
+    """
+    core, _ = strip_transposes(without_assumptions(var))
+    addends = _addends(core)
+    if addends is None:
+        return None
     sizes = Sizes(core)
     # What kron_sum_of is asked for, only a square matrix has
     sizes.note_square(core)
@@ -102,10 +109,27 @@ def _parts_of_sum(var: TensorVariable) -> Parts | None:
             "a matrix that is no Kronecker product is added to it",
             "add a multiple of the identity or a Kronecker product of the same factors' sizes",
         )
-    return [_part(term) for term in terms]
+    parts = [part_of_sum(term) for term in terms]
+    return None if all(factors is None for _, factors in parts) else parts
 
 
-def _part(term: Term) -> tuple[Matrices, Matrices | None]:
+def _addends(var: TensorVariable) -> Matrices | None:
+    """Return the terms of a sum, without the scalars that it may be multiplied with."""
+    match without_assumptions(var).owner_op_and_inputs:
+        case (Elemwise(scalar_op=Add() | Sub()), *addends):
+            return addends
+        case (Elemwise(scalar_op=Neg()), matrix):
+            return _addends(matrix)
+        case (Elemwise(scalar_op=TrueDiv()), matrix, divisor) if is_scalar(divisor):
+            return _addends(matrix)
+        case (Elemwise(scalar_op=Mul()), *inputs):
+            matrices = [inp for inp in inputs if not is_scalar(inp)]
+            return _addends(matrices[0]) if len(matrices) == 1 else None
+    return None
+
+
+def part_of_sum(term: Term) -> tuple[Matrices, Matrices | None]:
+    """Return the scalars and the factors of a term, with None for an identity matrix."""
     match term:
         case Product(left=left, diagonal=None, scales=scales):
             if left is None or all(map(is_identity, left)):
@@ -141,7 +165,7 @@ def _constant_entry(vector: TensorVariable) -> TensorVariable | None:
             return value
         case (Elemwise(scalar_op=Mul()), *inputs):
             entries = [_constant_entry(inp) for inp in inputs]
-            return None if None in entries else _product_of(entries, vector.type.dtype)
+            return None if None in entries else scalar_product(entries, vector.type.dtype)
     if all(vector.type.broadcastable):
         return vector.squeeze()
     match vector:
@@ -150,7 +174,8 @@ def _constant_entry(vector: TensorVariable) -> TensorVariable | None:
     return None
 
 
-def _product_of(scalars: Sequence[TensorVariable], dtype: str) -> TensorVariable:
+def scalar_product(scalars: Sequence[TensorVariable], dtype: str) -> TensorVariable:
+    """Return the product of some scalars, as a variable of the given dtype."""
     product = pt.constant(1.0, dtype=dtype)
     for i, scalar in enumerate(scalars):
         product = scalar.astype(dtype) if i == 0 else product * scalar

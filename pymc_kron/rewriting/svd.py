@@ -13,7 +13,8 @@ from pytensor.tensor.rewriting.blockwise import blockwise_of
 from pymc_kron.linalg import kron, kron_of_vectors
 from pymc_kron.orders import reorder
 from pymc_kron.rewriting.bundle import as_replacement, register_kron
-from pymc_kron.rewriting.orientation import is_square, rectangular_kron_factors, share_orientation
+from pymc_kron.rewriting.facts import are_square
+from pymc_kron.rewriting.orientation import rectangular_kron_factors, share_orientation
 from pymc_kron.structure import Refusal, Size, column_sizes, row_sizes
 
 
@@ -30,7 +31,7 @@ def svd_of_kron(fgraph, node):
     if not any(fgraph.clients[out] for out in node.outputs if out is not old_s):
         return {old_s: as_replacement(old_s, _singular_values(fgraph, factors))}
 
-    if op.full_matrices and not all(is_square(fgraph, factor) for factor in factors):
+    if op.full_matrices and not are_square(fgraph, factors):
         raise Refusal(
             "not all factors are known to be square",
             "give them static shapes, or use full_matrices=False",

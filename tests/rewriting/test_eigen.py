@@ -149,7 +149,6 @@ def test_products_with_the_eigenvectors_do_not_form_them(product):
     assert_allclose(function(*arrays, x), expected, atol=1e-9)
 
 
-@pytest.mark.xfail(reason="subtensor_of_kron takes V of unknown size for a selection", strict=True)
 def test_products_with_eigenvectors_of_unknown_size():
     rng = np.random.default_rng(1)
     arrays = [random_symmetric(rng, n) for n in (7, 6)]

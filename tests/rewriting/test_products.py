@@ -246,8 +246,9 @@ def test_refused_mixed_products(shapes, reason):
         assert_allclose(function(*arrays), dense_kron(a, b) @ dense_kron(c, d), rtol=1e-10)
 
 
-def test_booleans_are_left_alone():
-    A, B = (pt.tensor(name, dtype="bool", shape=(2, 2)) for name in "AB")
+@pytest.mark.parametrize("dtypes", [("bool", "bool"), ("int8", "int16")])
+def test_booleans_and_integers_of_unequal_widths_are_left_alone(dtypes):
+    A, B = (pt.tensor(dtype=dtype, shape=(2, 2)) for dtype in dtypes)
     K = pt.linalg.kron(A, B)
     rewritten = rewrite_graph(K @ K.T, include=("canonicalize",))
     assert not isinstance(rewritten.owner.op, KroneckerProduct)
