@@ -166,7 +166,12 @@ class Sizes:
             case (Dot(), left, right):
                 return self._of((left, right)[axis], axis)
             case (Reshape(), _, shape):
-                return self._entry(shape, axis) or _unknown(var, axis)
+                size = self._entry(shape, axis)
+                # A number that the graph is given may be -1, what is left over
+                if size is not None and all(
+                    of_axis is not None for (_, of_axis), _ in size.unknowns
+                ):
+                    return size
             case (op, *inputs):
                 return self._of_core_axis(op, inputs, var, from_end)
         return _unknown(var, axis)

@@ -149,7 +149,8 @@ def diagonal_of_kron_sum(fgraph, node):
     note_square_factors(fgraph, _factors_in(terms), sizes)
     if not sizes.is_square(G):
         return None
-    return [as_replacement(old_out, _diagonal(terms, pt.zeros(old_out.shape), sizes))]
+    diagonal = _diagonal(terms, sizes)
+    return None if diagonal.type.ndim == 0 else [as_replacement(old_out, diagonal)]
 
 
 @register_kron(OpFromGraph)
@@ -164,7 +165,7 @@ def pullback_of_diagonal_matrix(fgraph, node):
         return None
     sizes = Sizes(G)
     note_square_factors(fgraph, _factors_in(terms), sizes)
-    return [as_replacement(old_out, _diagonal(terms, vector.zeros_like(), sizes))]
+    return [as_replacement(old_out, vector.zeros_like() + _diagonal(terms, sizes))]
 
 
 def _factors_in(terms: Terms) -> Matrices:
@@ -176,13 +177,11 @@ def _factors_in(terms: Terms) -> Matrices:
     ]
 
 
-def _diagonal(terms: Terms, zeros: TensorVariable, sizes: Sizes) -> TensorVariable:
-    """Return the sum of the diagonals of some terms, beginning with zeros."""
-    total = zeros
+def _diagonal(terms: Terms, sizes: Sizes) -> TensorVariable:
+    """Return the sum of the diagonals of some terms, a scalar if all are identity matrices."""
     for term in terms:
         require_square(term, sizes)
-        total = total + diagonal_of(term)
-    return total
+    return sum(map(diagonal_of, terms))
 
 
 def _is_diagonal_pullback(op) -> bool:

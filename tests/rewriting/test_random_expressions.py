@@ -60,21 +60,26 @@ class Leaf:
     ----------
     kind
         What the values are like: a key of `VALUES`.
-    shape
-        The shape, batch dimensions first.
+    batch, core
+        The sizes of the batch dimensions, and of the others.
     dtype
         The dtype in the graph with the bundle. The dense one is in double precision.
     known
-        Which sizes the type of the variable shows: "all", "none", or those of the "rows".
+        Which sizes the type of the variable shows: "all", "none", or "all but the last".
     number
         Leaves with different numbers have different values.
     """
 
     kind: str
-    shape: tuple[int, ...]
+    batch: tuple[int, ...]
+    core: tuple[int, ...]
     dtype: str
     known: str
     number: int
+
+    @property
+    def shape(self):
+        return (*self.batch, *self.core)
 
     def dense_variable(self):
         """Return a new variable for the leaf in the graph without rewrites."""
@@ -82,13 +87,15 @@ class Leaf:
 
     def variable(self):
         """Return a new variable for the leaf in the graph with the rewrites."""
-        n_known = {"all": len(self.shape), "rows": len(self.shape) - 1, "none": 0}[self.known]
-        shape = [
-            # PyTensor broadcasts only what it knows to be of size one
-            size if axis < n_known or (axis < len(self.shape) - 2 and size == 1) else None
-            for axis, size in enumerate(self.shape)
-        ]
-        return pt.tensor(dtype=self.dtype, shape=shape)
+        shape = list(self.shape)
+        match self.known:
+            case "all but the last":
+                shape[-1:] = [None] * len(self.core[-1:])
+            case "none":
+                # PyTensor broadcasts only what it knows to be of size one
+                batch = [1 if size == 1 else None for size in self.batch]
+                shape = [*batch, *(None for _ in self.core)]
+        return pt.tensor(dtype=self.dtype, shape=tuple(shape))
 
     def value(self):
         """Return its value, well-conditioned in double and in single precision."""
@@ -384,7 +391,9 @@ class Menu:
         self.sizes = sizes
         both = ("float32", "float64")
         self.dtypes = draw(st.sampled_from([("float64",), ("float32",), both]))
-        self.known = draw(st.sampled_from([("all",), ("none",), ("all", "none", "rows")]))
+        self.known = draw(
+            st.sampled_from([("all",), ("none",), ("all", "none", "all but the last")])
+        )
         self.batches = draw(
             st.sampled_from([[(), (2,)], [(2,)], [(), (2,), (2, 1), (1, 2)]])
             if batched
@@ -402,9 +411,7 @@ class Menu:
         """Return an input."""
         batch = self.choose(*self.batches) if shape else ()
         number = self.draw(st.integers(0, 9)) if number is None else number
-        return Leaf(
-            kind, (*batch, *shape), self.choose(*self.dtypes), self.choose(*self.known), number
-        )
+        return Leaf(kind, batch, shape, self.choose(*self.dtypes), self.choose(*self.known), number)
 
     def vector(self, n):
         return self.leaf("data", n)
@@ -556,9 +563,9 @@ class Menu:
             "noise", "noise", "far", "minus", "metric", "far metric", "axes", "product and axis"
         ):
             case "noise":
-                spelling = ["eye", "eye of unknown size", "stabilize"]
+                spelling = ["eye", "eye of unknown size"]
                 if not self.batched:
-                    spelling += ["diag", "diag of ones"]
+                    spelling += ["stabilize", "diag", "diag of ones"]
                 M = self.matrix("positive", 1)
                 M, kind = (
                     Node("plus noise", (M, scalar), (self.choose(*spelling), n, dtype)),
@@ -701,7 +708,7 @@ def consumer_of_inverse(menu, M, kind):
         case "inv matvec" | "whitened norm" | "chol matvec" | "both solves" as op:
             return Node(op, (M, menu.vector(n)))
         case "logp":
-            x = Leaf("data", (n,), menu.dtypes[0], menu.known[0], 0)
+            x = Leaf("data", (), (n,), menu.dtypes[0], menu.known[0], 0)
             return Node("logp" if not menu.batched else "whitened norm", (M, x))
         case "cholesky":
             return Node("cholesky", (M,), (menu.choose(True, False),))
