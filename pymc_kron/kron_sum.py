@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from functools import reduce
 from math import prod
 
+import numpy as np
 from pytensor import tensor as pt
 from pytensor.gradient import DisconnectedType
 from pytensor.tensor.symbolic import TensorSymbolicOp
@@ -199,15 +200,25 @@ def _decompose(signal, metric, like) -> tuple:
     if metric is None:
         if signal is None:
             return pt.ones_like(pt.diagonal(like, axis1=-2, axis2=-1)), like, None
-        values, vectors = pt.linalg.eigh(signal)
-        return values, vectors, None
+        return *_eigh(signal), None
     root = Root(pt.linalg.cholesky(metric))
     if signal is None:
         inverse = root.whiten(pt.eye(like.shape[-1], dtype=metric.type.dtype))
         return pt.ones_like(pt.diagonal(like, axis1=-2, axis2=-1)), inverse.mT, root.logdet
     # S P = D P w is the symmetric problem (C^-1 S C^-T) Q = Q w with P = C^-T Q
-    values, vectors = pt.linalg.eigh(root.whiten(root.whiten(signal).mT))
+    values, vectors = _eigh(root.whiten(root.whiten(signal).mT))
     return values, pt.linalg.solve_triangular(root.chol.mT, vectors, lower=False), root.logdet
+
+
+def _eigh(matrix: TensorVariable) -> tuple[TensorVariable, TensorVariable]:
+    """Return eigenvalues and eigenvectors, with NaN eigenvalues of a matrix that isn't finite.
+
+    LAPACK may run for ever on NaN, and SciPy raises an error. A sampler that has strayed off
+    needs to be told NaN, as by a Cholesky factor.
+    """
+    is_finite = pt.all(pt.lt(pt.abs(matrix), np.inf), axis=(-2, -1), keepdims=True)
+    values, vectors = pt.linalg.eigh(pt.switch(is_finite, matrix, 0).astype(matrix.type.dtype))
+    return pt.switch(is_finite[..., 0], values, np.nan).astype(values.type.dtype), vectors
 
 
 def _identity_like(matrix: TensorVariable) -> TensorVariable:
@@ -259,13 +270,30 @@ class KronSumOp(TensorSymbolicOp):
         return KronSum.from_inputs(self.layout, inputs[:n_parts]), inputs[n_parts:]
 
 
-class KronSumSolve(KronSumOp):
+class DefiniteKronSumOp(KronSumOp):
+    """An operation that takes the sum to be positive definite if `definite` is set.
+
+    Where the sum isn't, the result is NaN then, as that of a Cholesky factor is.
+    """
+
+    __props__ = ("layout", "definite")
+    definite = False
+
+    def eigenvalues(self, basis: Basis) -> TensorVariable:
+        """Return the eigenvalues to divide by."""
+        if not self.definite:
+            return basis.values
+        exists = pt.all(pt.gt(basis.values, 0), axis=-1, keepdims=True)
+        return pt.switch(exists, basis.values, np.nan).astype(basis.values.type.dtype)
+
+
+class KronSumSolve(DefiniteKronSumOp):
     """Solution of a system with a `KronSum`: ``...,(N)->(N)``, batched over the vectors."""
 
     def build_inner_graph(self, *inputs):
         kron_sum, [b] = self.split(inputs)
         basis = kron_sum.basis()
-        return [kron_matmul(basis.vectors, basis.project(b) / basis.values)]
+        return [kron_matmul(basis.vectors, basis.project(b) / self.eigenvalues(basis))]
 
     def pullback(self, inputs, outputs, cotangents):
         kron_sum, [_b] = self.split(inputs)
@@ -275,18 +303,18 @@ class KronSumSolve(KronSumOp):
         return [*kron_sum.pull_back(term), _summed_to(b_bar, inputs[-1])]
 
 
-class KronSumQuadratic(KronSumOp):
+class KronSumQuadratic(DefiniteKronSumOp):
     """Quadratic form of the inverse of a `KronSum`: ``...,(N)->()``, batched over the vectors."""
 
     def build_inner_graph(self, *inputs):
         kron_sum, [b] = self.split(inputs)
         basis = kron_sum.basis()
-        return [(basis.project(b) ** 2 / basis.values).sum(axis=-1)]
+        return [(basis.project(b) ** 2 / self.eigenvalues(basis)).sum(axis=-1)]
 
     def pullback(self, inputs, outputs, cotangents):
         kron_sum, [b] = self.split(inputs)
         [form_bar] = cotangents
-        x = KronSumSolve(layout=self.layout)(*inputs)
+        x = KronSumSolve(layout=self.layout, definite=self.definite)(*inputs)
         scaled = form_bar[..., None] * x
         term = _as_low_rank(kron_sum, -scaled, x)
         return [*kron_sum.pull_back(term), _summed_to(2 * scaled, b)]

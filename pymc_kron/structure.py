@@ -48,6 +48,14 @@ class Refusal(Exception):
         self.reason = reason
         self.advice = advice
 
+    def __eq__(self, other):
+        if not isinstance(other, Refusal):
+            return NotImplemented
+        return (self.reason, self.advice) == (other.reason, other.advice)
+
+    def __hash__(self):
+        return hash((self.reason, self.advice))
+
 
 def kron_factors(var: TensorVariable) -> tuple[TensorVariable, ...] | None:
     """Return the factors of a (nested, transposed, batched) Kronecker product, or None.

@@ -7,7 +7,7 @@ what would be done with the matrices, one factor at a time. The graph stays the 
 record holds variables of the graph and nothing else.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
@@ -307,20 +307,32 @@ def _terms_of_elementwise_product(inputs: Matrices, sizes: Sizes) -> Terms | Non
         terms = terms_of(matrices[0], sizes)
         for matrix in matrices[1:]:
             terms = _pairwise(elementwise_product, terms, terms_of(matrix, sizes))
-        for column in columns:
-            terms = _pairwise(multiply, (Product(diagonal=column[..., 0]),), terms)
-        for row in rows:
-            diagonal = Product(diagonal=pt.atleast_2d(row)[..., 0, :])
-            terms = _pairwise(multiply, terms, (diagonal,))
+        if terms is not None:
+            terms = _all_known(_with_scaled_axes(term, columns, rows) for term in terms)
     elif columns and rows:
-        left = prod(columns[1:], start=columns[0])
-        right = prod(rows[1:], start=rows[0])
-        terms = (LowRank(left, pt.atleast_2d(right).mT),)
+        terms = (_outer_product(columns, rows),)
     else:
         return None
     for scalar in scalars:
         terms = _scaled(terms, batch_scalar(scalar))
     return terms
+
+
+def _with_scaled_axes(term: Term, columns: Matrices, rows: Matrices) -> Term | None:
+    """Multiply the rows of a term by columns, and its columns by rows."""
+    if columns and rows and isinstance(term, Product) and term.is_kron and term.left is not None:
+        return elementwise_product(term, _outer_product(columns, rows))
+    result: Term | None = term
+    for column in columns:
+        result = result and multiply(Product(diagonal=column[..., 0]), result)
+    for row in rows:
+        result = result and multiply(result, Product(diagonal=pt.atleast_2d(row)[..., 0, :]))
+    return result
+
+
+def _outer_product(columns: Matrices, rows: Matrices) -> LowRank:
+    right = pt.atleast_2d(prod(rows[1:], start=rows[0])).mT
+    return LowRank(prod(columns[1:], start=columns[0]), right)
 
 
 def _terms_of_matmul(left: TensorVariable, right: TensorVariable, sizes: Sizes) -> Terms | None:
@@ -364,8 +376,16 @@ def is_unread(var: TensorVariable, sizes: Sizes) -> bool:
 def _pairwise(operation, lefts: Terms | None, rights: Terms | None) -> Terms | None:
     if lefts is None or rights is None:
         return None
-    results = [operation(left, right) for left in lefts for right in rights]
-    return None if None in results else tuple(results)
+    return _all_known(operation(left, right) for left in lefts for right in rights)
+
+
+def _all_known(terms: Iterable[Term | None]) -> Terms | None:
+    known: Terms = ()
+    for term in terms:
+        if term is None:
+            return None
+        known += (term,)
+    return known
 
 
 def _terms_of_entries(op: IncSubtensor, zeros, value, indices, sizes: Sizes) -> Terms | None:
@@ -425,6 +445,10 @@ def _terms_of_reshaped(var: TensorVariable, like: TensorVariable, sizes: Sizes) 
         case (Elemwise(scalar_op=Add()), *vectors):
             parts = [_terms_of_reshaped(vector, like, sizes) for vector in vectors]
             return _concatenated(parts)
+        case (Elemwise(scalar_op=Sub()), plus, minus):
+            minus_one = pt.constant(-1, dtype=core.type.dtype)
+            subtracted = _scaled(_terms_of_reshaped(minus, like, sizes), minus_one)
+            return _concatenated([_terms_of_reshaped(plus, like, sizes), subtracted])
         case (Elemwise(scalar_op=Neg()), vector):
             minus_one = pt.constant(-1, dtype=core.type.dtype)
             return _scaled(_terms_of_reshaped(vector, like, sizes), minus_one)
@@ -538,6 +562,8 @@ def diagonal_of(term: Term) -> TensorVariable:
             result = (left * right).sum(axis=-1)
         case Product(left=None, right=None, diagonal=diagonal):
             result = pt.ones(()) if diagonal is None else diagonal
+        case Product(left=None):
+            return diagonal_of(transposed_term(term))
         case Product(left=left, right=right, diagonal=diagonal) if left is not None:
             if diagonal is None or right is None:
                 diagonals = [pt.diagonal(factor, axis1=-2, axis2=-1) for factor in left]

@@ -88,7 +88,7 @@ def rewritten_logp(
     else in the graph is touched.
     """
     arguments = [value, mu, *factors]
-    inputs = [argument.type() for argument in arguments]
+    inputs = [argument.type(name=argument.name) for argument in arguments]
     logp = dense_logp(inputs[0], inputs[1], inputs[2:], forms)
     fgraph = FunctionGraph(inputs, [logp], clone=False)
     bundle_rewriter().rewrite(fgraph)

@@ -35,7 +35,8 @@ def pullback_of_kron(fgraph, node):
     if terms is None:
         raise Refusal(
             "the gradient in the product isn't a sum of outer products and Kronecker products",
-            "let the rewrites run before the gradient, as pymc.pytensorf.rewrite_pregrad does",
+            "where the product itself was rewritten, take the gradient after the rewrites: "
+            "pt.grad(pymc.pytensorf.rewrite_pregrad(loss), ...)",
         )
     groups = [kron_factors(factor) or (factor,) for factor in (A, B)]
     factors = (*groups[0], *groups[1])

@@ -146,13 +146,14 @@ def record(
         # Without the traceback, which would keep the graph alive
         None if refusal is None else Refusal(refusal.reason, refusal.advice),
     )
-    for entries in _listeners.get():
-        entries.append(entry)
     journal = journal_of(fgraph)
     if journal is None:
         journal = Journal()
         fgraph.attach_feature(journal)
-    journal.entries.append(entry)
+    for entries in (journal.entries, *_listeners.get()):
+        # A graph is walked many times, and each time the same rewrites refuse
+        if refusal is None or entry not in entries:
+            entries.append(entry)
 
 
 def product_in(var: Variable) -> Product | None:

@@ -6,6 +6,9 @@ made for, the norm of a whitened vector and the log-determinant, it has.
 """
 
 from pytensor import tensor as pt
+from pytensor.compile.mode import optdb
+from pytensor.compile.rewriting import inline_ofg_node
+from pytensor.graph.rewriting.basic import node_rewriter
 from pytensor.scalar.basic import GT, Log
 from pytensor.tensor.basic import ExtractDiag
 from pytensor.tensor.blockwise import Blockwise
@@ -21,7 +24,7 @@ from pytensor.tensor.rewriting.blockwise import blockwise_of
 from pytensor.tensor.rewriting.linalg.utils import clients_through_expand_dims
 from pytensor.tensor.variable import TensorVariable
 
-from pymc_kron.kron_sum import KronSum, KronSumQuadratic, KronSumSLogDet, KronSumSolve
+from pymc_kron.kron_sum import KronSum, KronSumOp, KronSumQuadratic, KronSumSLogDet, KronSumSolve
 from pymc_kron.linalg import kron
 from pymc_kron.rewriting.bundle import as_replacement, register_kron
 from pymc_kron.rewriting.determinant import replacements_of_det
@@ -33,25 +36,28 @@ from pymc_kron.structure import inverted_matrix, is_empty, strip_transposes
 @register_kron(blockwise_of(Solve | CholeskySolve | SolveTriangular), Dot, blockwise_of(Dot))
 def solve_of_kron_sum(fgraph, node):
     """solve(M, b) -> P ((P' b) / Lambda), also cho_solve and inv(M) @ b"""
-    M, b, b_ndim = _system_solved_by(node)
+    M, b, b_ndim, definite = _system_solved_by(node)
     if M is None or is_empty(b):
         return None
     kron_sum = kron_sum_of(fgraph, M)
     if kron_sum is None:
         return None
     [old_out] = node.outputs
-    return [as_replacement(old_out, _solution(kron_sum, b.astype(old_out.type.dtype), b_ndim))]
+    op = KronSumSolve(layout=kron_sum.layout, definite=definite)
+    return [as_replacement(old_out, _solution(op, kron_sum, b.astype(old_out.type.dtype), b_ndim))]
 
 
 @register_kron(blockwise_of(Solve | SolveTriangular))
 def whitened_norm_of_kron_sum(fgraph, node):
     """x @ solve(M, x) and sum(solve_triangular(cholesky(M), x)**2) -> sum((P' x)^2 / Lambda)"""
     match node.op.core_op:
-        case Solve(b_ndim=1):
+        case Solve(assume_a=assume_a, b_ndim=1):
             M, form = node.inputs[0], quadratic_form_in(fgraph, node)
+            definite = assume_a == "pos"
         case SolveTriangular(b_ndim=1, lower=lower):
             M = _factorized_by(node.inputs[0], lower=lower)
             form = squared_norm_of(fgraph, node)
+            definite = True
         case _:
             return None
     x = node.inputs[1]
@@ -60,7 +66,7 @@ def whitened_norm_of_kron_sum(fgraph, node):
     kron_sum = kron_sum_of(fgraph, M)
     if kron_sum is None:
         return None
-    op = KronSumQuadratic(layout=kron_sum.layout)
+    op = KronSumQuadratic(layout=kron_sum.layout, definite=definite)
     return form.replaced_by(op(*kron_sum.inputs, x.astype(form.out.type.dtype)))
 
 
@@ -124,14 +130,27 @@ def inv_of_kron_sum(fgraph, node):
     return [as_replacement(old_out, (vectors / basis.values[..., None, :]) @ vectors.mT)]
 
 
+@node_rewriter([KronSumOp])
+def inline_kron_sum(fgraph, node):
+    """The operations on one sum -> what they compute, which they share: one eigh an axis"""
+    return inline_ofg_node(node)
+
+
+# After the gradient, which goes through the operations, not through the eigenvectors in them
+optdb["specialize"].register("inline_kron_sum", inline_kron_sum, "fast_run", "fast_compile")
+
+
 def _system_solved_by(node):
-    """Return the matrix and the right-hand side, and the number of its core dimensions."""
+    """Return the matrix and the right-hand side, and the number of its core dimensions.
+
+    And whether the matrix is taken to be positive definite.
+    """
     left, right = node.inputs
     match getattr(node.op, "core_op", node.op):
-        case Solve(b_ndim=b_ndim):
-            return left, right, b_ndim
+        case Solve(assume_a=assume_a, b_ndim=b_ndim):
+            return left, right, b_ndim, assume_a == "pos"
         case CholeskySolve(lower=lower, b_ndim=b_ndim):
-            return _factorized_by(left, lower=lower), right, b_ndim
+            return _factorized_by(left, lower=lower), right, b_ndim, True
         case SolveTriangular(lower=lower, b_ndim=b_ndim):
             # R' (R x) = M x with R' R = M
             match right.owner_op_and_inputs:
@@ -140,12 +159,12 @@ def _system_solved_by(node):
                 ):
                     M = _factorized_by(outer_chol, lower=inner.lower)
                     if M is not None and M is _factorized_by(left.mT, lower=inner.lower):
-                        return M, b, b_ndim
+                        return M, b, b_ndim, True
         case Dot():
             inverted = inverted_matrix(left)
             if inverted is not None:
-                return inverted, right, 2
-    return None, None, None
+                return inverted, right, 2, False
+    return None, None, None, False
 
 
 def _factorized_by(chol: TensorVariable, *, lower: bool) -> TensorVariable | None:
@@ -157,8 +176,9 @@ def _factorized_by(chol: TensorVariable, *, lower: bool) -> TensorVariable | Non
     return None
 
 
-def _solution(kron_sum: KronSum, b: TensorVariable, b_ndim: int) -> TensorVariable:
-    op = KronSumSolve(layout=kron_sum.layout)
+def _solution(
+    op: KronSumSolve, kron_sum: KronSum, b: TensorVariable, b_ndim: int
+) -> TensorVariable:
     if b_ndim == 1:
         return op(*kron_sum.inputs, b)
     return pt.moveaxis(op(*kron_sum.inputs, pt.moveaxis(b, -1, 0)), 0, -1)

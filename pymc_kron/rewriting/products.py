@@ -68,7 +68,9 @@ def matmul_of_kron(fgraph, node):
     sizes = Sizes(left, right)
     if is_unread(other, sizes):
         return None
-    match terms_of(other, sizes):
+    # A vector is an outer product too, of itself and a one
+    is_vector = other.type.broadcastable[-1 if other is right else -2]
+    match None if is_vector else terms_of(other, sizes):
         case (LowRank(left=u, right=v, weights=None, scales=scales),):
             if left_factors is not None:
                 u = left @ u

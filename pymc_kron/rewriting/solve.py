@@ -41,7 +41,9 @@ def solve_of_kron(fgraph, node):
     if factors is None or is_empty(b):
         return None
     is_complex = K.type.numpy_dtype.kind == "c"
-    match terms_of(b) if node.op.core_op.b_ndim == 2 else None:
+    # A single column is an outer product too, of itself and a one
+    is_vector = node.op.core_op.b_ndim == 1 or b.type.broadcastable[-1]
+    match None if is_vector else terms_of(b):
         case (LowRank(left=u, right=v, weights=None, scales=scales),):
             new_out = scaled(node.op(K, u) @ v.mT, Product(scales=scales), 2)
             return [as_replacement(old_out, new_out)]

@@ -93,7 +93,9 @@ def read_sum(var: TensorVariable) -> Parts | None:
         return None
     sizes = Sizes(core)
     # What kron_sum_of is asked for, only a square matrix has
-    sizes.note_square(core)
+    for addend in addends:
+        if addend.type.ndim > 1 and not any(addend.type.broadcastable[-2:]):
+            sizes.note_square(addend)
     known = [
         terms_of(addend, sizes) for addend in addends if not all(addend.type.broadcastable[-2:])
     ]

@@ -67,6 +67,33 @@ def test_never_infinite_while_the_value_is_finite(exponent, optimizer):
     assert result_sign == np.linalg.slogdet(arrays[0])[0] ** 5
 
 
+@pytest.mark.parametrize("exponent", [-400, 0, 400])
+@pytest.mark.parametrize("sizes", [(1000, 1000), (99, 100, 101), (5, 1000, 200)], ids=str)
+def test_a_million_cells(sizes, exponent):
+    # The determinant of each factor is 10^exponent or minus that; det(K_i) counts N / n_i times
+    rng = np.random.default_rng(7)
+    arrays, expected, expected_sign = [], 0.0, 1
+    N = int(np.prod(sizes))
+    for i, n in enumerate(sizes):
+        sign = -1 if i == 0 else 1
+        diagonal = np.full(n, 10.0 ** (exponent / n))
+        diagonal[0] *= sign
+        # Triangular up to a permutation of the rows, so that the determinant is known
+        order = rng.permutation(n)
+        arrays.append((np.diag(diagonal) + np.triu(rng.normal(size=(n, n)), 1) / n)[order])
+        order_sign = np.linalg.slogdet(np.eye(n)[order])[0]
+        expected += N // n * exponent * np.log(10)
+        expected_sign *= (sign * order_sign) ** (N // n)
+    factors = symbolic_matrices(arrays)
+    K = factors[-1]
+    for factor in reversed(factors[:-1]):
+        K = pt.linalg.kron(factor, K)
+    sign, logabsdet = compile_py(factors, [*pt.linalg.slogdet(K)])(*arrays)
+    assert sign == expected_sign
+    # A log-determinant of zero is the difference of large numbers
+    assert_allclose(logabsdet, expected, rtol=1e-10, atol=1e-9 * N)
+
+
 def test_factor_determinants_that_cancel():
     # det = 10^400 10^-400 = 1 is representable, though neither factor's determinant is
     scale = 10.0**10

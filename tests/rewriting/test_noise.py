@@ -7,6 +7,7 @@ import pytest
 from numpy.testing import assert_allclose
 from pymc.pytensorf import rewrite_pregrad
 from pytensor.assumptions.specify import assume
+from pytensor.graph.traversal import explicit_graph_inputs
 from pytensor.tensor.linalg.decomposition.cholesky import Cholesky
 from pytensor.tensor.linalg.decomposition.eigen import Eigh
 from pytensor.tensor.linalg.solvers.general import Solve
@@ -45,7 +46,7 @@ def arrays_of(definite):
     A, B, E = (make(rng, n) for n in SIZES)
     C, D = random_spd(rng, 3), random_spd(rng, 5)
     # More than any eigenvalue of K in size, so that the sum is positive definite
-    noise = np.array(1.0 if definite else 8.0)
+    noise = np.array(1.0 if definite else 20.0)
     return [A, B, C, D, E, noise]
 
 
@@ -59,12 +60,6 @@ def symbols(static=False):
 
 def positive_definite(matrix):
     return assume(matrix, positive_definite=True)
-
-
-def noise_of(kron, A, B):
-    """Return the product that noise is added to, and its size as a model may have it."""
-    K = kron(A, B)
-    return K, K.shape[0]
 
 
 # Each builds a covariance of `kron`, A, B, C, D, E and s, of N x N entries but for the last ones.
@@ -271,32 +266,23 @@ def test_sums(name):
     values = {
         pt.dvector("x"): rng.normal(size=len(M)),
         pt.dmatrix("X"): rng.normal(size=(len(M), 4)),
-        pt.dmatrix("rows"): rng.normal(size=(7, len(M))),
     }
-    x, X, rows = values
+    x, X = values
     M_var = build(pt.linalg.kron, *variables)
     outputs = {
         "form": x @ solve_pos(M_var, x),
-        "norms": (whitened(M_var, x) ** 2).sum(),
-        "vector": solve_pos(M_var, x + 1),
-        "matrix": solve_pos(M_var, X),
-        "batch": pt.linalg.solve(M_var, rows, assume_a="pos", b_ndim=1),
-        "twice": solved_twice(M_var, X),
+        "matrix": solved_twice(M_var, X),
         "logdet": pt.linalg.slogdet(M_var)[1],
         "log diagonal": pt.log(pt.diag(pt.linalg.cholesky(M_var))).sum(),
     }
     inputs = [*variables, *values]
     function = compile_py(inputs, list(outputs.values()))
     assert not has_kron(function.maker.fgraph)
-    x, X, rows = values.values()
+    x, X = values.values()
     logdet = np_logdet(M, None)
     expected = {
         "form": np_form(M, x),
-        "norms": np_form(M, x),
-        "vector": np.linalg.solve(M, x + 1),
         "matrix": np.linalg.solve(M, X),
-        "batch": np_solve_vectors(M, rows),
-        "twice": np.linalg.solve(M, X),
         "logdet": logdet,
         "log diagonal": logdet / 2,
     }
@@ -353,9 +339,7 @@ def test_forms_of_a_stack_of_vectors(form, axis):
     assert not has_kron(function.maker.fgraph)
     M = dense_value(WITH_NOISE["eye(int)"], variables, arrays)
     expected = np_form(M, x)
-    assert_allclose(
-        function(*arrays, x), expected if axis == -1 else expected.sum(), rtol=1e-10
-    )
+    assert_allclose(function(*arrays, x), expected if axis == -1 else expected.sum(), rtol=1e-10)
 
 
 @pytest.mark.parametrize("batches", [((2,), (2,)), ((2,), ()), ((), (2,)), ((3, 1), (2,))], ids=str)
@@ -363,7 +347,7 @@ def test_batched_factors_and_noise(batches):
     rng = np.random.default_rng(3)
     arrays = [random_symmetric(rng, n, b) for n, b in zip((3, 5), batches, strict=True)]
     A, B = (pt.tensor(f"A{i}", shape=array.shape) for i, array in enumerate(arrays))
-    s, x = np.array([8.0, 9.0]), rng.normal(size=(2, N))
+    s, x = np.array([20.0, 22.0]), rng.normal(size=(2, N))
     s_var, x_var = pt.tensor("s", shape=(2,)), pt.tensor("x", shape=(2, N))
     M_var = batched_kron(A, B) + s_var[:, None, None] * pt.eye(N)
     M = dense_kron(*arrays) + s[:, None, None] * np.eye(N)
@@ -429,9 +413,7 @@ def log_density(kron, build, variables, x):
     M = build(kron, *variables)
     logdet = pt.linalg.slogdet(M)[1]
     # A solution besides the form, so that the gradient of each of the operations is in it
-    return (
-        -0.5 * x @ solve_pos(M, x) - 0.5 * logdet + (pt.cos(x) * solve_pos(M, pt.sin(x))).sum()
-    )
+    return -0.5 * x @ solve_pos(M, x) - 0.5 * logdet + (pt.cos(x) * solve_pos(M, pt.sin(x))).sum()
 
 
 def symmetrised(gradient):
@@ -460,16 +442,16 @@ def gradient_functions(build, variables, x, when):
 @pytest.mark.parametrize(
     "name",
     [
-        "eye(int)",
         "eye(K.shape[0])",
         "diag(full)",
-        "np.eye",
         "jitter and noise",
-        "c * kron",
         "multiple of the sum",
-        "transposed",
         "nested to the right",
-        *OF_PRODUCTS,
+        "scaled kron + kron",
+        "one axis shared, other metric",
+        "Kronecker sum with noise",
+        "four terms",
+        "three factors",
     ],
 )
 def test_gradients(name, when):
@@ -481,7 +463,8 @@ def test_gradients(name, when):
     assert not has_kron(function.maker.fgraph)
     values = [*arrays, x]
     assert_gradients_agree(function(*values), dense(*values), 1e-9)
-    assert largest_computed_size([*variables, x_var], outputs, values, mode=PY) < n * n
+    if when == "before":
+        assert largest_computed_size([*variables, x_var], outputs, values, mode=PY) < n * n
 
 
 DEGENERATE = {
@@ -542,11 +525,15 @@ def test_gradients_of_a_sum_of_products_at_degenerate_factors(first):
 
 
 def refusals_of(inputs, outputs):
-    """Compile and return the function with the reasons in the journal."""
+    """Compile and return the function with the refusals in the journal."""
     with listening() as entries:
         function = compile_py(inputs, outputs)
     assert has_kron(function.maker.fgraph)
-    return function, {entry.refusal.reason for entry in entries if entry.refusal is not None}
+    return function, [entry for entry in entries if entry.refusal is not None]
+
+
+def reasons_of(entries):
+    return {entry.refusal.reason for entry in entries}
 
 
 def refused_sums():
@@ -585,8 +572,8 @@ def refused_sums():
             "of the two matrices for factor 2, none is known to be positive definite",
         ),
         "another number of factors": (
-            kron(A, B) + kron(positive_definite(pt.tensor("L", shape=(N, N))), pt.eye(1)),
-            "",
+            K + kron(kron(positive_definite(C), pt.eye(1)), positive_definite(D)),
+            "one product has 2 factors and the other one 3",
         ),
     }
 
@@ -595,12 +582,22 @@ def refused_sums():
 def test_refusals(name):
     M, reason = refused_sums()[name]
     x = pt.dvector("x")
-    from pytensor.graph.traversal import explicit_graph_inputs
-
     inputs = list(explicit_graph_inputs([M, x]))
-    for out in (solve_pos(M, x), x @ solve_pos(M, x), pt.linalg.slogdet(M)[1]):
-        _, reasons = refusals_of(inputs, out)
-        assert any(reason in said for said in reasons), reasons
+    outputs = [
+        x @ solve_pos(M, x),
+        solve_pos(M, x + 1),
+        pt.linalg.slogdet(M)[1],
+        pt.log(pt.diagonal(pt.linalg.cholesky(M))).sum(),
+    ]
+    _, entries = refusals_of(inputs, outputs)
+    of_sums = [entry for entry in entries if "kron_sum" in entry.rewrite]
+    assert {entry.refusal.reason for entry in of_sums} == {reason}
+    assert {entry.rewrite for entry in of_sums} == {
+        "whitened_norm_of_kron_sum",
+        "solve_of_kron_sum",
+        "det_of_kron_sum",
+        "logdet_of_kron_sum_cholesky",
+    }
 
 
 def test_refuses_sizes_that_are_not_known_to_agree():
@@ -610,8 +607,8 @@ def test_refuses_sizes_that_are_not_known_to_agree():
     A, B, C, D = inputs = [pt.dmatrix(name) for name in "ABCD"]
     x_var, x = pt.dvector("x"), rng.normal(size=12)
     M = pt.linalg.kron(A, B) + pt.linalg.kron(positive_definite(C), positive_definite(D))
-    function, reasons = refusals_of([*inputs, x_var], solve_pos(M, x_var))
-    assert any("aren't known to agree" in reason for reason in reasons)
+    function, refusals = refusals_of([*inputs, x_var], solve_pos(M, x_var))
+    assert any("aren't known to agree" in reason for reason in reasons_of(refusals))
     dense = np.kron(*arrays[:2]) + np.kron(*arrays[2:])
     assert_allclose(function(*arrays, x), np.linalg.solve(dense, x), rtol=1e-10)
 
@@ -623,8 +620,8 @@ def test_factors_that_may_not_be_symmetric_stay_dense(use):
     A, B, s, x_var = inputs = [pt.dmatrix("A"), pt.dmatrix("B"), pt.dscalar("s"), pt.dvector("x")]
     symbolic, numeric = FACT_USES[use]
     out = symbolic(pt.linalg.kron(A, B) + s * pt.eye(12), x_var)
-    function, reasons = refusals_of(inputs, out)
-    assert "factor 1 isn't known to be symmetric" in reasons
+    function, refusals = refusals_of(inputs, out)
+    assert "factor 1 isn't known to be symmetric" in reasons_of(refusals)
     dense, x = np.kron(*arrays[:2]) + 1.3 * np.eye(12), rng.normal(size=12)
     if use == "x @ inv":
         dense = dense.T
@@ -634,10 +631,12 @@ def test_factors_that_may_not_be_symmetric_stay_dense(use):
 def test_one_symmetric_factor_is_not_enough():
     A, B, s, x = pt.dmatrix("A"), pt.dmatrix("B"), pt.dscalar("s"), pt.dvector("x")
     M = pt.linalg.kron(assume(A, symmetric=True), B) + s * pt.eye(12)
-    _, reasons = refusals_of([A, B, s, x], pt.linalg.solve(M, x))
-    assert "factor 2 isn't known to be symmetric" in reasons
+    _, refusals = refusals_of([A, B, s, x], pt.linalg.solve(M, x))
+    assert "factor 2 isn't known to be symmetric" in reasons_of(refusals)
 
 
+# What NumPy says of NaN in a matrix product depends on the machine
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 @pytest.mark.parametrize("promise", ["pos", "sym", "cholesky"])
 def test_a_sum_that_is_not_symmetric_as_promised(promise):
     # Skew-symmetric factors: their product is symmetric, and eigh of one of them isn't right
@@ -656,6 +655,21 @@ def test_a_sum_that_is_not_symmetric_as_promised(promise):
     assert all(np.isnan(result).all() for result in results)
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_factors_that_are_not_finite(bad):
+    """A sampler that has strayed off is told NaN. LAPACK alone may never return."""
+    A, B, s, x_var = inputs = [pt.dmatrix("A"), pt.dmatrix("B"), pt.dscalar("s"), pt.dvector("x")]
+    M = pt.linalg.kron(A, B) + s * pt.eye(N)
+    function = compile_py(inputs, [solve_pos(M, x_var), pt.linalg.slogdet(M)[1]])
+    assert not has_kron(function.maker.fgraph)
+    a = random_spd(np.random.default_rng(3), 3)
+    a[1, 1] = bad
+    for result in function(a, np.eye(5), np.array(1.0), np.ones(N)):
+        assert np.isnan(result).all()
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 def test_not_positive_definite_fails_like_a_cholesky_solve():
     """`assume_a="pos"` of what isn't: NaN, and not the solution."""
     variables, arrays = symbols(), arrays_of(definite=False)
@@ -666,25 +680,27 @@ def test_not_positive_definite_fails_like_a_cholesky_solve():
         pt.log(pt.diagonal(pt.linalg.cholesky(M))).sum(),
         (whitened(M, x) ** 2).sum(),
         solve_pos(M, x),
+        x @ solve_pos(M, x),
+        solved_twice(M, x),
     ]
     inputs, values = [*variables, x], [*arrays, np.ones(N)]
     function, dense = compile_py(inputs, outputs), compile_py(inputs, outputs, mode=WITHOUT_KRON)
     for compiled in (dense, function):
-        assert [np.isnan(result).all() for result in compiled(*values)] == [True] * 3
+        assert [np.isnan(result).all() for result in compiled(*values)] == [True] * 5
 
 
 def test_refuses_complex_factors():
     A, B, x = pt.zmatrix("A"), pt.zmatrix("B"), pt.zvector("x")
     M = pt.linalg.kron(A, B) + pt.eye(12)
-    _, reasons = refusals_of([A, B, x], pt.linalg.solve(M, x, assume_a="her"))
-    assert "the product is of dtype complex128" in reasons
+    _, refusals = refusals_of([A, B, x], pt.linalg.solve(M, x, assume_a="her"))
+    assert "the product is of dtype complex128" in reasons_of(refusals)
 
 
 def test_refuses_factors_that_are_not_square():
     A, B, x = pt.tensor("A", shape=(3, 2)), pt.tensor("B", shape=(2, 3)), pt.dvector("x")
     M = pt.linalg.kron(A, B) + pt.eye(6)
-    _, reasons = refusals_of([A, B, x], solve_pos(M, x))
-    assert "factor 1 is 3 x 2" in reasons
+    _, refusals = refusals_of([A, B, x], solve_pos(M, x))
+    assert "factor 1 is 3 x 2" in reasons_of(refusals)
 
 
 def test_an_empty_right_hand_side_is_left_alone():
