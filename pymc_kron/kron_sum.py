@@ -260,7 +260,7 @@ def _as_low_rank(kron_sum: KronSum, left: TensorVariable, right: TensorVariable)
 class KronSumOp(TensorSymbolicOp):
     """An operation on a `KronSum`, whose parts are its inputs."""
 
-    __props__ = ("layout",)
+    __props__: tuple[str, ...] = ("layout",)
     inline = True
 
     def split(self, inputs) -> tuple[KronSum, list[TensorVariable]]:

@@ -109,6 +109,7 @@ OF_PRODUCTS = {
     "kron + metric of one axis": lambda kron, A, B, C, D, E, s: (
         kron(A, B) + s * kron(positive_definite(C), np.eye(5))
     ),
+    "one factor": lambda kron, A, B, C, D, E, s: kron(A, pt.eye(5)) + s * pt.eye(N),
     "one axis shared": lambda kron, A, B, C, D, E, s: kron(A, B) + s * kron(A, np.eye(5)),
     "one axis shared, other metric": lambda kron, A, B, C, D, E, s: (
         kron(A, B) + s * kron(A, positive_definite(D))
@@ -448,6 +449,7 @@ def gradient_functions(build, variables, x, when):
         "multiple of the sum",
         "nested to the right",
         "scaled kron + kron",
+        "one factor",
         "one axis shared, other metric",
         "Kronecker sum with noise",
         "four terms",

@@ -146,9 +146,13 @@ def _general(rng, shape):
     return (U * _singular_values(rng, shape)) @ np.swapaxes(V, -1, -2)
 
 
-def _lower(rng, shape):
-    diagonal = rng.choice([-1, 1], size=shape[-1]) * rng.uniform(0.7, 1.5, size=shape[-1])
+def _root(rng, shape):
+    diagonal = rng.uniform(0.7, 1.5, size=shape[-1])
     return np.tril(0.4 * rng.normal(size=shape), -1) + diagonal * np.eye(shape[-1])
+
+
+def _lower(rng, shape):
+    return _root(rng, shape) * rng.choice([-1, 1], size=shape[-1])
 
 
 VALUES = {
@@ -158,6 +162,7 @@ VALUES = {
     "general": _general,
     "lower": _lower,
     "upper": lambda rng, shape: np.swapaxes(_lower(rng, shape), -1, -2),
+    "root": _root,
     "data": lambda rng, shape: rng.normal(size=shape),
     "scalar": lambda rng, shape: rng.uniform(0.7, 1.5, size=shape),
 }
@@ -427,6 +432,7 @@ class Menu:
             "negative": ("symmetric",),
             "indefinite": ("symmetric",),
             "lower": ("lower_triangular",),
+            "root": ("lower_triangular",),
             "upper": ("upper_triangular",),
         }.get(kind, ())
         fact = self.choose(None, None, *facts)
@@ -471,6 +477,9 @@ class Menu:
             case "square":
                 square = ("general", "general", "positive", "indefinite", "lower")
                 return [self.choose(*square) for _ in range(n)]
+            case "root":
+                # PyTensor takes L for the Cholesky factor of L L' whatever the signs in L
+                return [self.choose("general", "root") for _ in range(n)]
             case "lower" | "upper":
                 return [kind] * n
         return ["general"] * n
@@ -509,7 +518,7 @@ class Menu:
             case "inv" | "negative" | "abs" as op:
                 return Node(op, (matrix(),))
             case "gram":
-                return Node("gram", (self.matrix("square", depth - 1),))
+                return Node("gram", (self.kron("root"),))
             case "matmul" | "elementwise" | "add" | "subtract" as op:
                 return Node(op, (matrix(), matrix()))
             case "power":
@@ -885,7 +894,7 @@ class Comparison:
 def along_structure(leaf, gradient):
     """Return what of a gradient doesn't depend on conventions."""
     match leaf:
-        case Leaf(kind="lower"):
+        case Leaf(kind="lower" | "root"):
             return np.tril(gradient)
         case Leaf(kind="upper"):
             return np.triu(gradient)
