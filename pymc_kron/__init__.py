@@ -18,7 +18,7 @@ from pymc_kron.datasets import load_elnino, load_irish_wind
 from pymc_kron.diagnostics import assert_no_dense_kron, explain
 from pymc_kron.distributions import KroneckerMvNormal
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "KroneckerMvNormal",

@@ -27,7 +27,7 @@ from math import prod
 
 import numpy as np
 from pytensor import tensor as pt
-from pytensor.gradient import DisconnectedType
+from pytensor.gradient import DisconnectedType, disconnected_type
 from pytensor.tensor.symbolic import TensorSymbolicOp
 from pytensor.tensor.variable import TensorVariable
 
@@ -148,7 +148,11 @@ class KronSum:
     def pull_back(self, term: Term) -> list[TensorVariable]:
         """Return the gradients in all `inputs`, given the gradient in the sum as a term."""
         scale_gradients = []
-        signal_gradients = [signal.zeros_like() for signal in self.signals]
+        # On an axis without a signal, only the size of the matrix counts
+        signal_gradients = [
+            signal.zeros_like() if self.layout.has_signal(axis) else disconnected_type()
+            for axis, signal in enumerate(self.signals)
+        ]
         metric_gradients = [None if m is None else m.zeros_like() for _, m in self.axes]
         for t, scale in enumerate(self.scales):
             factors = self.factors(t)
@@ -199,7 +203,7 @@ def _decompose(signal, metric, like) -> tuple:
     """Return the eigenvalues, the eigenvectors and ``log det D`` of one axis."""
     if metric is None:
         if signal is None:
-            return pt.ones_like(pt.diagonal(like, axis1=-2, axis2=-1)), like, None
+            return pt.ones_like(pt.diagonal(like, axis1=-2, axis2=-1)), _identity_like(like), None
         return *_eigh(signal), None
     root = Root(pt.linalg.cholesky(metric))
     if signal is None:

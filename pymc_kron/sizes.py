@@ -181,6 +181,9 @@ class Sizes:
         signature = getattr(op, "signature", None) or getattr(op, "gufunc_signature", None)
         if signature is not None:
             input_cores, output_cores = _parse_gufunc_signature(signature)
+            if len(output_cores) != len(var.owner.outputs):
+                # A random variable has the state of its generator besides
+                return _unknown(var, from_end + var.type.ndim)
             core = output_cores[var.owner.outputs.index(var)]
             for inp, input_core in zip(inputs, input_cores, strict=False):
                 if len(input_core) == 2 and len(set(input_core)) == 1:

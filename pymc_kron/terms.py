@@ -394,11 +394,11 @@ def _terms_of_entries(op: IncSubtensor, zeros, value, indices, sizes: Sizes) -> 
         return None
     match indices_from_subtensor(indices, op.idx_list):
         case (row,) if not isinstance(row, slice):
-            return (LowRank(_unit_vector(row, zeros, 0), value[:, None]),)
+            return (LowRank(_unit_vector(row, zeros, 0), _column(value, zeros, 1)),)
         case (row, slice(start=None, stop=None, step=None)) if not isinstance(row, slice):
-            return (LowRank(_unit_vector(row, zeros, 0), value[:, None]),)
+            return (LowRank(_unit_vector(row, zeros, 0), _column(value, zeros, 1)),)
         case (slice(start=None, stop=None, step=None), column) if not isinstance(column, slice):
-            return (LowRank(value[:, None], _unit_vector(column, zeros, 1)),)
+            return (LowRank(_column(value, zeros, 0), _unit_vector(column, zeros, 1)),)
         case (row, column) if not (isinstance(row, slice) or isinstance(column, slice)):
             left, right = _unit_vector(row, zeros, 0), _unit_vector(column, zeros, 1)
             return _scaled((LowRank(left, right),), value)
@@ -407,6 +407,13 @@ def _terms_of_entries(op: IncSubtensor, zeros, value, indices, sizes: Sizes) -> 
                 case (AllocDiag(offset=0), diagonal):
                     return _terms_of_shifted_diagonal(diagonal, rows, columns, zeros, sizes)
     return None
+
+
+def _column(value: TensorVariable, zeros: TensorVariable, axis: int) -> TensorVariable:
+    """Return what a row or a column is set to, which may be one number for all, as a column."""
+    if all(value.type.broadcastable):
+        value = pt.broadcast_to(value, (zeros.shape[axis],))
+    return value[:, None]
 
 
 def _unit_vector(index, zeros: TensorVariable, axis: int) -> TensorVariable:

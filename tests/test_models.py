@@ -6,9 +6,10 @@ import pymc as pm
 import pytensor.tensor as pt
 import pytest
 from numpy.testing import assert_allclose
+from pytensor.assumptions.specify import assume
 
 from pymc_kron import KroneckerMvNormal
-from tests.helpers import symbolic_dense_kron
+from tests.helpers import PY, has_kron, largest_computed_size, symbolic_dense_kron
 
 # One worker, for the sake of the one dense posterior that all compare with
 pytestmark = pytest.mark.xdist_group("models")
@@ -149,3 +150,226 @@ def test_missing_cells_are_imputed_while_sampling():
     z_sd = (summary["sd"].astype(float) - np.sqrt(variance)) / summary["mcse_sd"].astype(float)
     assert np.abs(z_mean).max() < 4
     assert np.abs(z_sd).max() < 4
+
+
+# Covariances that are a product with something added, or that another distribution takes
+
+N_CELLS = 24
+GRID = np.random.default_rng(31).normal(size=(3, N_CELLS))
+
+
+def factors_and_scales():
+    length_scale = pm.HalfNormal("length_scale", shape=2, initval=[1.1, 1.7])
+    noise = pm.HalfNormal("noise", initval=0.6)
+    variance = pm.HalfNormal("variance", initval=0.8)
+    A = pt.exp(-LAGS[0] / length_scale[0])
+    B = pt.exp(-((LAGS[1] / length_scale[1]) ** 2))
+    return A, B, noise, variance
+
+
+def with_noise(kron, A, B, s, v):
+    return v * kron(A, B) + s**2 * pt.eye(N_CELLS)
+
+
+def stabilized(kron, A, B, s, v):
+    # PyMC's jitter is too little for two ways of computing one number to agree to ten digits
+    return pm.gp.util.stabilize(v * kron(A, B), 1e-2)
+
+
+def stabilized_with_noise(kron, A, B, s, v):
+    return pm.gp.util.stabilize(kron(A, B) + s**2 * pt.eye(N_CELLS))
+
+
+def with_product_noise(kron, A, B, s, v):
+    C = assume(pt.eye(4) * s + 0.1, positive_definite=True)
+    D = assume(pt.exp(-LAGS[1] / s), positive_definite=True)
+    return v * kron(A, B) + kron(C, D)
+
+
+def kronecker_sum(kron, A, B, s, v):
+    return kron(A, np.eye(6)) + kron(np.eye(4), v * B) + s * pt.eye(N_CELLS)
+
+
+def one_factor(kron, A, B, s, v):
+    return v * kron(A, np.eye(6)) + s * np.eye(N_CELLS)
+
+
+def plain_product(kron, A, B, s, v):
+    return v * kron(A, B + 0.1 * np.eye(6))
+
+
+def mvnormal(cov, **kwargs):
+    return pm.MvNormal, {"mu": np.full(N_CELLS, 0.3), "cov": cov, **kwargs}, GRID
+
+
+def mvstudentt(cov):
+    return pm.MvStudentT, {"nu": 30, "mu": np.full(N_CELLS, 0.3), "scale": cov}, GRID
+
+
+def matrixnormal_rows(cov):
+    column_cov = np.eye(3) + 0.1
+    return pm.MatrixNormal, {"mu": 0.3, "rowcov": cov, "colcov": column_cov}, GRID.T
+
+
+def matrixnormal_columns(cov):
+    row_cov = np.eye(3) + 0.1
+    return pm.MatrixNormal, {"mu": 0.3, "rowcov": row_cov, "colcov": cov}, GRID
+
+
+CASES = {
+    "MvNormal with noise": (mvnormal, with_noise),
+    "MvNormal stabilized": (mvnormal, stabilized),
+    "MvNormal stabilized with noise": (mvnormal, stabilized_with_noise),
+    "MvNormal with noise of a product": (mvnormal, with_product_noise),
+    "MvNormal of a Kronecker sum": (mvnormal, kronecker_sum),
+    "MvNormal of one factor with noise": (mvnormal, one_factor),
+    "MvStudentT": (mvstudentt, plain_product),
+    "MvStudentT with noise": (mvstudentt, with_noise),
+    "MatrixNormal, rows": (matrixnormal_rows, plain_product),
+    "MatrixNormal, columns": (matrixnormal_columns, plain_product),
+}
+
+
+def build_case(name, kron):
+    define, covariance = CASES[name]
+    with pm.Model() as model:
+        distribution, kwargs, observed = define(covariance(kron, *factors_and_scales()))
+        if distribution is pm.MatrixNormal:
+            kwargs["mu"] = np.full(observed.shape, kwargs["mu"])
+        distribution("y", **kwargs, observed=observed)
+    return model
+
+
+def potential_of_a_solve(M):
+    form = GRID[0] @ pt.linalg.solve(M, GRID[0], assume_a="pos")
+    return -0.5 * form - 0.5 * pt.linalg.slogdet(M)[1]
+
+
+def potential_of_a_cholesky_factor(M):
+    L = pt.linalg.cholesky(M)
+    whitened = pt.linalg.solve_triangular(L, GRID[0], lower=True)
+    return -0.5 * whitened @ whitened - pt.log(pt.diag(L)).sum()
+
+
+POTENTIALS = {
+    "solve and slogdet": potential_of_a_solve,
+    "Cholesky factor": potential_of_a_cholesky_factor,
+}
+
+
+def build_potential(name, kron):
+    with pm.Model() as model:
+        pm.Potential("p", POTENTIALS[name](with_noise(kron, *factors_and_scales())))
+    return model
+
+
+def points(model):
+    rng = np.random.default_rng(7)
+    initial = model.initial_point()
+    for scale in (0.1, 0.4):
+        yield {
+            name: np.asarray(value) + scale * rng.normal(size=np.shape(value))
+            for name, value in initial.items()
+        }
+
+
+# PyMC's MatrixNormal
+@pytest.mark.filterwarnings("ignore:pytensor.tensor.linalg.trace is deprecated")
+@pytest.mark.parametrize(
+    ("build", "name"),
+    [(build_case, name) for name in CASES] + [(build_potential, name) for name in POTENTIALS],
+)
+def test_logp_and_gradient(build, name):
+    model, dense_model = build(name, pt.linalg.kron), build(name, symbolic_dense_kron)
+    outputs = [model.logp(), model.dlogp()]
+    function = model.compile_fn(outputs, mode=PY)
+    assert not has_kron(function.f.maker.fgraph)
+    dense = dense_model.compile_fn([dense_model.logp(), dense_model.dlogp()], mode=PY)
+    for point in points(model):
+        for result, expected in zip(function(point), dense(point), strict=True):
+            assert_allclose(result, expected, rtol=1e-8, atol=1e-8 * np.abs(expected).max())
+    values = [point[value.name] for value in model.value_vars]
+    assert largest_computed_size(model.value_vars, outputs, values, mode=PY) < N_CELLS**2
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_draws(name):
+    n = 20_000
+    define, covariance = CASES[name]
+    parameters = [
+        np.exp(-LAGS[0] / 1.2),
+        np.exp(-((LAGS[1] / 1.5) ** 2)),
+        np.array(0.7),
+        np.array(0.9),
+    ]
+    variables = [pt.tensor(shape=parameter.shape) for parameter in parameters]
+    cov = covariance(pt.linalg.kron, *variables)
+    distribution, kwargs, observed = define(cov)
+    if distribution is pm.MatrixNormal:
+        kwargs["mu"] = np.full(observed.shape, kwargs["mu"])
+    y = distribution.dist(**kwargs, size=n)
+    function = pm.compile(variables, y, mode=PY, random_seed=1, on_unused_input="ignore")
+    assert not has_kron(function.maker.fgraph)
+    draws = function(*parameters)
+    largest = largest_computed_size(variables, [y], parameters, mode=PY)
+    assert largest == draws.size
+
+    K = covariance(symbolic_dense_kron, *map(pt.as_tensor, parameters)).eval(mode=PY)
+    excess = 0
+    if define is mvstudentt:
+        K, excess = 30 / 28 * K, 2 / 26
+    elif define is matrixnormal_rows:
+        K = np.kron(K, kwargs["colcov"])
+    elif define is matrixnormal_columns:
+        K = np.kron(kwargs["rowcov"], K)
+    draws = draws.reshape((n, -1))
+    variances = np.outer(K.diagonal(), K.diagonal())
+    errors = np.sqrt(((1 + 2 * excess) * K**2 + (1 + excess) * variances) / n)
+    assert np.abs((np.cov(draws.T) - K) / errors).max() < 4.8
+    assert_allclose(draws.mean(axis=0), 0.3, atol=4.8 * np.sqrt(K.diagonal().max() / n))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "MvNormal with noise",
+        "MvNormal with noise of a product",
+        "MvStudentT with noise",
+        "MatrixNormal, rows",
+    ],
+)
+def test_predictive_draws(name):
+    model = build_case(name, pt.linalg.kron)
+    kwargs = {"random_seed": 4, "compile_kwargs": {"mode": PY}}
+    with model:
+        prior = pm.sample_prior_predictive(20, **kwargs)
+        posterior = pm.sample_posterior_predictive(
+            prior.prior.to_dataset(), progressbar=False, **kwargs
+        )
+    shape = GRID.T.shape if "MatrixNormal" in name else GRID.shape
+    for group in (prior.prior_predictive, posterior.posterior_predictive):
+        assert group["y"].shape == (1, 20, *shape)
+        assert np.isfinite(group["y"]).all()
+
+
+def test_sampling_with_noise():
+    with build_case("MvNormal with noise", pt.linalg.kron):
+        idata = pm.sample(
+            100, tune=200, chains=1, cores=1, random_seed=5, progressbar=False, nuts_sampler="pymc"
+        )
+    for name in ("length_scale", "noise", "variance"):
+        draws = idata.posterior[name]
+        assert np.isfinite(draws).all()
+        assert draws.std() > 0
+    assert idata.sample_stats["diverging"].sum() < 10
+
+
+def test_logp_and_gradient_on_jax():
+    model, dense_model = (
+        build_case("MvNormal with noise", kron) for kron in (pt.linalg.kron, symbolic_dense_kron)
+    )
+    function = model.compile_fn([model.logp(), model.dlogp()], mode="JAX")
+    dense = dense_model.compile_fn([dense_model.logp(), dense_model.dlogp()], mode=PY)
+    for point in points(model):
+        for result, expected in zip(function(point), dense(point), strict=True):
+            assert_allclose(result, expected, rtol=1e-8)

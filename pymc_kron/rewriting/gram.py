@@ -45,7 +45,8 @@ def trace_of_gram_solve(fgraph, node):
 
 def is_root_of_kron(chol: TensorVariable) -> bool:
     """Whether a matrix is a Kronecker product, or the Cholesky factor of one."""
-    match chol.owner_op_and_inputs:
+    core, _ = strip_transposes(chol)
+    match core.owner_op_and_inputs:
         case (Blockwise(core_op=Cholesky()), K):
             return kron_factors(K) is not None
-    return kron_factors(chol) is not None
+    return kron_factors(core) is not None

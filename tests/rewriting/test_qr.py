@@ -98,7 +98,8 @@ def test_symmetric_factors_need_no_static_shape():
     K = pt.linalg.kron(*(assume(factor, symmetric=True) for factor in factors))
     with listening() as entries:
         function = compile_py(factors, [*pt.linalg.qr(K), *pt.linalg.svd(K)])
-    assert all(entry.refusal is None for entry in entries)
+    # The singular vectors are asked for as arrays
+    assert {entry.rewrite for entry in entries if entry.refusal} <= {"subtensor_of_kron"}
     Q, R, U, s, Vh = function(*arrays)
     check(dense_kron(*arrays), Q, R)
     assert_allclose(U * s @ Vh, Q @ R, atol=1e-12)

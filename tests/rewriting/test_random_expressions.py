@@ -32,7 +32,7 @@ from pytensor.compile.rewriting import inline_ofg_node
 from pytensor.graph.fg import FunctionGraph
 from pytensor.graph.rewriting.basic import dfs_rewriter, node_rewriter
 
-from tests.helpers import PY
+from tests.helpers import PY, has_kron
 
 # In fused loops the Python linker takes reciprocals of scalars in single precision
 REWRITES = PY.excluding("fusion", "inplace", "ofg_inner_graph").optimizer
@@ -688,15 +688,18 @@ def consumer_of_inverse(menu, M, kind):
     n = menu.n
     structures = {"positive": ["pos", "pos", "sym", "gen"], "symmetric": ["sym", "her", "gen"]}
     assume_a = menu.choose(*structures.get(kind, ["gen"]))
-    if kind in ("lower", "upper"):
+    if kind == "lower":
         b_ndim = menu.choose(1, 2)
         b = menu.vector(n) if b_ndim == 1 else menu.matrix_of_data(n, 2)
-        return menu.choose(
-            Node("solve_triangular", (M, b), (kind == "lower", b_ndim)),
-            Node("cho_solve of triangular", (M, menu.vector(n)), (kind == "lower",)),
+        uses = [
+            Node("solve_triangular", (M, b), (True, b_ndim)),
             Node("slogdet", (M,)),
             Node("inv matvec", (M, menu.vector(n))),
-        )
+        ]
+        if "inv" not in ops_of(M):
+            # PyTensor takes cho_solve((inv(L), True), b) for L @ b
+            uses.append(Node("cho_solve of triangular", (M, menu.vector(n)), (True,)))
+        return menu.choose(*uses)
     options = ["solve vector", "solve matrix", "solve product", "quadratic of solve"]
     options += ["bilinear of solve", "inv matvec", "det", "slogdet"]
     if kind == "positive":
@@ -907,24 +910,67 @@ def tolerance_of(recipe):
     return TOLERANCE[min(leaf.dtype for leaf in leaves_of(recipe.root))]
 
 
+# What is done to a Kronecker product without leaving any, in the values and in the gradients
+
+WRAPPERS = {"transpose", "negative", "times", "times on the left", "over", "constant times"}
+FACTORWISE_USES = {
+    *("matvec", "vecmat", "bilinear", "sum", "sum of entries", "sum along", "norm"),
+    *("row", "column", "entry", "solve", "inv matvec", "det", "slogdet", "logdet"),
+    *("quadratic of solve", "bilinear of solve", "whitened norm", "chol logdet", "logp"),
+    *("cho_solve", "both solves"),
+}
+FACTORWISE_USES_WITH_NOISE = {"quadratic of solve", "whitened norm", "chol logdet", "logp"}
+# The gradient of a Cholesky factor, taken before the rewrites, isn't factorwise
+GRADIENT_OF_CHOLESKY = {"whitened norm", "chol logdet", "logp", "cho_solve", "both solves"}
+
+
+def has_to_be_factorwise(recipe):
+    """Whether no Kronecker product may be left, since all sizes are known and the use is plain."""
+    root, leaves = recipe.root, leaves_of(recipe.root)
+    if any(leaf.known != "all" for leaf in leaves) or len({leaf.dtype for leaf in leaves}) > 1:
+        return False
+    if any(1 in leaf.core for leaf in leaves):
+        # Rows, columns and numbers are left as they are
+        return False
+    if root.op in GRADIENT_OF_CHOLESKY and not recipe.pregrad:
+        return False
+    matrix, *others = root.args
+    if any(isinstance(other, Node) or len(other.core) != 1 for other in others):
+        return False
+    if "plus noise" in ops_of(matrix):
+        is_positive = "pos" in root.options or root.op not in ("solve", "quadratic of solve")
+        is_plain = matrix.op == "plus noise" and matrix.options[0] == "eye"
+        ops = ops_of(matrix.args[0])
+        uses = FACTORWISE_USES_WITH_NOISE
+        if not (is_positive and is_plain):
+            return False
+    else:
+        ops, uses = ops_of(matrix), FACTORWISE_USES
+    return ops <= {"kron", "assume", *WRAPPERS} and root.op in uses
+
+
 def check(recipe):
-    """Compare values, loss and gradients."""
+    """Compare values, loss and gradients, and look for what is left of Kronecker products."""
     comparison = Comparison.of(recipe)
     tolerance = tolerance_of(recipe)
     # Not ">", which NaN isn't either
     wrong = {name: e for name, e in comparison.errors.items() if not e <= tolerance}
     assert not wrong, wrong
+    if has_to_be_factorwise(recipe):
+        assert not has_kron(comparison.fgraph)
 
 
-def search(family, **options):
-    """Check random recipes of a family."""
-    run = settings(deadline=None, suppress_health_check=list(HealthCheck), **options)
-    run(given(recipes(family))(check))()
+def checked(family, number=None, **options):
+    """Return a test of random recipes of a family."""
+    test = given(recipes(family))(check)
+    if number is not None:
+        test = seed(number)(test)
+    return settings(deadline=None, suppress_health_check=list(HealthCheck), **options)(test)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_random_expressions(family):
-    search(family, max_examples=100, derandomize=True)
+    checked(family, max_examples=100, derandomize=True)()
 
 
 @pytest.mark.nightly
@@ -932,8 +978,5 @@ def test_random_expressions(family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_twenty_thousand_random_expressions(family, part):
     number = secrets.randbits(32)
-    print(f"{family}: seed {number}")
-    run = settings(
-        max_examples=1000, database=None, deadline=None, suppress_health_check=list(HealthCheck)
-    )
-    run(seed(number)(given(recipes(family))(check)))()
+    print(f"{family}, part {part}: seed {number}")
+    checked(family, number, max_examples=1000, database=None)()
