@@ -101,8 +101,8 @@ def test_turned_off_by_name_and_by_tag(name):
 
 @pytest.mark.parametrize("phase", ["canonicalize", "stabilize"])
 def test_registered_in_both_phases_before_the_gradient(phase):
-    for name, expression in EXPRESSIONS.items():
-        rewritten = rewrite_graph(expression, include=(phase,))
+    for name in ("cholesky_of_kron", "det_of_kron", "matmul_of_kron", "solve_of_kron"):
+        rewritten = rewrite_graph(EXPRESSIONS[name], include=(phase,))
         assert not has_kron(FunctionGraph([A, B, x], [rewritten], clone=True)), name
     assert "kron" in optdb[phase].__db__
 
