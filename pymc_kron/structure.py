@@ -145,14 +145,14 @@ def _factors_of_multiple(var: TensorVariable) -> tuple[TensorVariable, ...] | No
     match var.owner_op_and_inputs:
         case (Elemwise(scalar_op=Neg()), product):
             multiple = neg
-        case (Elemwise(scalar_op=TrueDiv()), product, scalar) if _is_scalar(scalar):
+        case (Elemwise(scalar_op=TrueDiv()), product, scalar) if is_scalar(scalar):
 
             def multiple(factor):
                 return factor / scalar
 
         case (Elemwise(scalar_op=Mul()), *inputs):
-            products = [inp for inp in inputs if not _is_scalar(inp)]
-            scalars = [inp for inp in inputs if _is_scalar(inp)]
+            products = [inp for inp in inputs if not is_scalar(inp)]
+            scalars = [inp for inp in inputs if is_scalar(inp)]
             if len(products) != 1:
                 return None
             [product] = products
@@ -169,7 +169,7 @@ def _factors_of_multiple(var: TensorVariable) -> tuple[TensorVariable, ...] | No
     return multiple(first), *others
 
 
-def _is_scalar(var: TensorVariable) -> bool:
+def is_scalar(var: TensorVariable) -> bool:
     """Whether a variable broadcasts one value over the last two axes."""
     return all(var.type.broadcastable[-2:])
 

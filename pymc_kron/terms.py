@@ -44,6 +44,7 @@ from pymc_kron.structure import (
     Refusal,
     column_sizes,
     eye_sizes,
+    is_scalar,
     kron_factors,
     row_sizes,
     strip_transposes,
@@ -225,11 +226,6 @@ def _without_scalars(factors: Matrices) -> tuple[Matrices, None, None, Matrices]
             core = inner
         cores.append(core)
     return tuple(cores), None, None, tuple(scales)
-
-
-def is_scalar(var: TensorVariable) -> bool:
-    """Whether a variable broadcasts one value over the last two axes."""
-    return all(var.type.broadcastable[-2:])
 
 
 def batch_scalar(var: TensorVariable) -> TensorVariable:

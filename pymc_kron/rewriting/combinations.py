@@ -24,7 +24,7 @@ from pymc_kron.rewriting.bundle import as_replacement, register_kron
 from pymc_kron.rewriting.facts import note_square_factors
 from pymc_kron.rewriting.indexing import is_of_last_axes
 from pymc_kron.sizes import Sizes
-from pymc_kron.structure import Matrices, kron_factors, refuse_dtype
+from pymc_kron.structure import Matrices, is_scalar, kron_factors, refuse_dtype
 from pymc_kron.terms import (
     Product,
     Terms,
@@ -32,7 +32,6 @@ from pymc_kron.terms import (
     batch_scalar,
     diagonal_of,
     inner,
-    is_scalar,
     is_unread,
     require_conforming,
     require_square,

@@ -24,7 +24,7 @@ from pytensor.tensor.math import variadic_mul
 from pymc_kron.linalg import kron
 from pymc_kron.rewriting.bundle import as_replacement, register_kron
 from pymc_kron.rewriting.conforming import SAME_SHAPE, conforming_factors, refuse_overflow
-from pymc_kron.structure import Refusal, kron_factors, refuse_dtype
+from pymc_kron.structure import Refusal, is_scalar, kron_factors, refuse_dtype
 
 # The functions with f(a b) = f(a) f(b), and the kinds of numbers that this is true for
 MULTIPLICATIVE = {
@@ -77,14 +77,14 @@ def div_of_kron(fgraph, node):
     dividend, K = node.inputs
     [old_out] = node.outputs
     factors, dividend_factors = kron_factors(K), kron_factors(dividend)
-    is_scalar = all(dividend.type.broadcastable[-2:])
-    if factors is None or not (is_scalar or dividend_factors):
+    by_scalar = is_scalar(dividend)
+    if factors is None or not (by_scalar or dividend_factors):
         return None
     for product in (dividend, K):
-        if not (is_scalar and product is dividend):
+        if not (by_scalar and product is dividend):
             refuse_dtype(product, "fc")
 
-    if is_scalar:
+    if by_scalar:
         first, *others = (factor.astype(old_out.type.dtype) for factor in factors)
         one = pt.constant(1, dtype=old_out.type.dtype)
         quotients = [dividend / first, *(one / other for other in others)]

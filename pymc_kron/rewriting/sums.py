@@ -23,12 +23,13 @@ from pymc_kron.structure import (
     is_identity,
     is_positive_definite,
     is_provably_not_square,
+    is_scalar,
     is_symmetric,
     refuse_dtype,
     strip_transposes,
     without_assumptions,
 )
-from pymc_kron.terms import Product, Term, is_scalar, require_agreement, terms_of
+from pymc_kron.terms import Product, Term, require_agreement, terms_of
 
 type Parts = list[tuple[Matrices, Matrices | None]]
 
@@ -96,9 +97,7 @@ def read_sum(var: TensorVariable) -> Parts | None:
     for addend in addends:
         if addend.type.ndim > 1 and not any(addend.type.broadcastable[-2:]):
             sizes.note_square(addend)
-    known = [
-        terms_of(addend, sizes) for addend in addends if not all(addend.type.broadcastable[-2:])
-    ]
+    known = [terms_of(addend, sizes) for addend in addends if not is_scalar(addend)]
     if not any(
         isinstance(term, Product) and term.left is not None
         for terms in known
