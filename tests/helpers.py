@@ -6,6 +6,8 @@ import numpy as np
 import pymc as pm
 import pytensor
 import pytensor.tensor as pt
+from numpy.testing import assert_allclose
+from pymc.pytensorf import rewrite_pregrad
 from pytensor.compile.mode import Mode, get_mode
 from pytensor.graph.op import HasInnerGraph
 from pytensor.link.basic import PerformLinker, WrapLinker
@@ -148,3 +150,15 @@ def finite_differences(function, x, eps=1e-6):
         step[index] = eps * max(1.0, abs(x[index]))
         gradient[index] = (function(x + step) - function(x - step)) / (2 * step[index])
     return gradient
+
+
+def assert_gradient_after_rewrites(cost, factors, arrays):
+    """Compare the gradient that PyMC would take with finite differences of the dense program."""
+    [rewritten] = rewrite_pregrad([cost])
+    gradients = compile_py(factors, pt.grad(rewritten, factors))(*arrays)
+    dense = compile_py(factors, cost, mode=WITHOUT_KRON)
+    for i, gradient in enumerate(gradients):
+        numerical = finite_differences(
+            lambda array, i=i: dense(*arrays[:i], array, *arrays[i + 1 :]), arrays[i]
+        )
+        assert_allclose(gradient, numerical, rtol=1e-6, atol=1e-7)

@@ -1,5 +1,4 @@
 import numpy as np
-import pymc as pm
 import pytensor
 import pytensor.tensor as pt
 import pytest
@@ -10,9 +9,9 @@ from pytensor.assumptions.specify import assume
 from pymc_kron.rewriting.journal import listening
 from tests.helpers import (
     WITHOUT_KRON,
+    assert_gradient_after_rewrites,
     compile_py,
     dense_kron,
-    finite_differences,
     has_kron,
     largest_computed_size,
     random_spd,
@@ -283,14 +282,7 @@ def test_gradient(which):
         w, V = pt.linalg.eigh(K)
         exponential = (V * pt.exp(w)) @ (V.T @ x)
         cost = (weights * (w if which == "eigh" else exponential)).sum()
-    [rewritten] = pm.pytensorf.rewrite_pregrad([cost])
-    gradients = compile_py(factors, pt.grad(rewritten, factors))(*arrays)
-    dense = compile_py(factors, cost, mode=WITHOUT_KRON)
-    for i, gradient in enumerate(gradients):
-        numerical = finite_differences(
-            lambda array, i=i: dense(*arrays[:i], array, *arrays[i + 1 :]), arrays[i]
-        )
-        assert_allclose(gradient, numerical, rtol=1e-6, atol=1e-7)
+    assert_gradient_after_rewrites(cost, factors, arrays)
 
 
 @pytest.mark.parametrize("mode", ["NUMBA", "JAX"])

@@ -1,15 +1,13 @@
 import numpy as np
-import pymc as pm
 import pytensor.tensor as pt
 import pytest
 from numpy.testing import assert_allclose
 
 from pymc_kron.rewriting.journal import listening
 from tests.helpers import (
-    WITHOUT_KRON,
+    assert_gradient_after_rewrites,
     compile_py,
     dense_kron,
-    finite_differences,
     has_kron,
     largest_computed_size,
     symbolic_matrices,
@@ -189,11 +187,4 @@ def test_gradient_of_the_singular_values():
     factors = known_matrices(arrays)
     weights = rng.normal(size=6)
     cost = (weights * pt.linalg.svd(pt.linalg.kron(*factors), compute_uv=False)).sum()
-    [rewritten] = pm.pytensorf.rewrite_pregrad([cost])
-    gradients = compile_py(factors, pt.grad(rewritten, factors))(*arrays)
-    dense = compile_py(factors, cost, mode=WITHOUT_KRON)
-    for i, gradient in enumerate(gradients):
-        numerical = finite_differences(
-            lambda array, i=i: dense(*arrays[:i], array, *arrays[i + 1 :]), arrays[i]
-        )
-        assert_allclose(gradient, numerical, rtol=1e-6, atol=1e-7)
+    assert_gradient_after_rewrites(cost, factors, arrays)
