@@ -12,13 +12,15 @@ program, where PyMC rewrites a model without a mode too. A rewrite can be turned
 in the same two ways.
 """
 
+from pymc_kron import kept_for_jax as kept_for_jax
 from pymc_kron import logprob as logprob
 from pymc_kron import rewriting as rewriting
+from pymc_kron import routines as routines
 from pymc_kron.datasets import load_elnino, load_irish_wind
 from pymc_kron.diagnostics import assert_no_dense_kron, explain
 from pymc_kron.distributions import KroneckerMvNormal
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 __all__ = [
     "KroneckerMvNormal",

@@ -23,16 +23,16 @@ solution ``-inv(M) g x'``, both summed over the blocks as `pymc_kron.terms` does
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
-from math import prod
 
 import numpy as np
 from pytensor import tensor as pt
-from pytensor.gradient import DisconnectedType, disconnected_type
-from pytensor.tensor.symbolic import TensorSymbolicOp
+from pytensor.gradient import DisconnectedType
 from pytensor.tensor.variable import TensorVariable
 
-from pymc_kron.linalg import kron_matmul, kron_of_vectors
-from pymc_kron.roots import Root
+from pymc_kron.closed_form import ClosedFormOp, summed_to
+from pymc_kron.kernels import Multiply, finite_eigh
+from pymc_kron.linalg import apply_to_vectors, copies_of, factors_batch_ndim, kron_of_vectors
+from pymc_kron.roots import CholeskyRoot
 from pymc_kron.structure import Matrices, column_sizes
 from pymc_kron.terms import LowRank, Product, Term, contract, inner
 
@@ -47,10 +47,17 @@ class Layout:
         For each term and axis, whether the factor is the signal, rather than the metric.
     has_metric
         For each axis, whether there is a metric other than the identity.
+    is_decomposed
+        For each axis, whether the signal is given by its eigenvectors and eigenvalues.
     """
 
     uses_signal: tuple[tuple[bool, ...], ...]
     has_metric: tuple[bool, ...]
+    is_decomposed: tuple[bool, ...] = ()
+
+    def __post_init__(self):
+        if not self.is_decomposed:
+            object.__setattr__(self, "is_decomposed", (False,) * len(self.has_metric))
 
     def has_signal(self, axis: int) -> bool:
         """Whether any term has the signal on an axis."""
@@ -68,102 +75,222 @@ class KronSum:
     scales
         For each term, the scalar ``c_t``, ``(...)``.
     signals
-        For each axis, ``S_i``, ``(..., n_i, n_i)``; on an axis without a signal, an identity.
+        For each axis, ``S_i``, ``(..., n_i, n_i)``, or its eigenvectors where it is decomposed;
+        on an axis without a signal, an identity.
     metrics
         For each axis that has one, ``D_i``.
+    eigenvalues
+        For each axis whose signal is decomposed, its eigenvalues, ``(..., n_i)``.
     """
 
     layout: Layout
     scales: Matrices
     signals: Matrices
-    metrics: Matrices
+    metrics: Matrices = ()
+    eigenvalues: Matrices = ()
 
     @property
     def inputs(self) -> list[TensorVariable]:
         """All variables, as the inputs of an operation."""
-        return [*self.scales, *self.signals, *self.metrics]
+        return [*self.scales, *self.signals, *self.metrics, *self.eigenvalues]
 
     @classmethod
     def from_inputs(cls, layout: Layout, inputs: Sequence[TensorVariable]) -> "KronSum":
         """Return the sum whose `inputs` these are."""
-        n_terms, n_axes = len(layout.uses_signal), len(layout.has_metric)
-        signals_end = n_terms + n_axes
-        return cls(layout, inputs[:n_terms], inputs[n_terms:signals_end], inputs[signals_end:])
+        remaining = iter(inputs)
+        counts = map(len, (layout.uses_signal, layout.has_metric))
+        scales, signals = ([next(remaining) for _ in range(count)] for count in counts)
+        metrics = [next(remaining) for _ in range(sum(layout.has_metric))]
+        return cls(layout, scales, signals, metrics, list(remaining))
+
+    @classmethod
+    def core_ndims(cls, layout: Layout) -> list[int]:
+        """Return the number of core dimensions of each of the `inputs`."""
+        n_matrices = len(layout.has_metric) + sum(layout.has_metric)
+        return [0] * len(layout.uses_signal) + [2] * n_matrices + [1] * sum(layout.is_decomposed)
 
     @property
     def batch_ndim(self) -> int:
         """The number of batch dimensions of the sum."""
-        matrices = (*self.signals, *self.metrics)
         return max(
-            *(scale.type.ndim for scale in self.scales),
-            *(matrix.type.ndim - 2 for matrix in matrices),
+            inp.type.ndim - core_ndim
+            for inp, core_ndim in zip(self.inputs, self.core_ndims(self.layout), strict=True)
         )
 
     @property
-    def axes(self) -> list[tuple[TensorVariable, TensorVariable | None]]:
-        """For each axis, the signal and the metric, None for the identity."""
-        metrics = iter(self.metrics)
+    def axes(self) -> list["Axis"]:
+        """What there is on each axis."""
+        metrics, eigenvalues = iter(self.metrics), iter(self.eigenvalues)
         return [
-            (signal, next(metrics) if has_metric else None)
-            for signal, has_metric in zip(self.signals, self.layout.has_metric, strict=True)
+            Axis(
+                signal,
+                next(eigenvalues) if is_decomposed else None,
+                next(metrics) if has_metric else None,
+                self.layout.has_signal(i),
+            )
+            for i, (signal, is_decomposed, has_metric) in enumerate(
+                zip(self.signals, self.layout.is_decomposed, self.layout.has_metric, strict=True)
+            )
         ]
 
     def factors(self, term: int) -> list[TensorVariable]:
         """Return the factors of a term."""
         return [
-            signal if uses_signal else _identity_like(signal) if metric is None else metric
-            for uses_signal, (signal, metric) in zip(
-                self.layout.uses_signal[term], self.axes, strict=True
-            )
+            axis.signal_matrix if uses_signal else axis.metric_matrix
+            for uses_signal, axis in zip(self.layout.uses_signal[term], self.axes, strict=True)
         ]
 
     def basis(self) -> "Basis":
         """Return what diagonalises the sum."""
-        decompositions = [
-            _decompose(signal if self.layout.has_signal(axis) else None, metric, signal)
-            for axis, (signal, metric) in enumerate(self.axes)
+        axes = [axis.decompose() for axis in self.axes]
+        values = [
+            scale[..., None] * self.eigenvalues_of(term, axes)
+            for term, scale in enumerate(self.scales)
         ]
-        eigenvalues = []
-        for scale, uses_signal in zip(self.scales, self.layout.uses_signal, strict=True):
-            vectors = [
-                values if uses else pt.ones_like(values)
-                for uses, (values, _, _) in zip(uses_signal, decompositions, strict=True)
-            ]
-            together = kron_of_vectors(vectors)
-            eigenvalues.append(scale[..., None] * together)
-        return Basis(
-            [vectors for _, vectors, _ in decompositions],
-            reduce(pt.add, eigenvalues),
-            [logdet for _, _, logdet in decompositions],
-        )
+        if not any(map(any, self.layout.uses_signal)):
+            values.append(pt.zeros_like(kron_of_vectors([axis.values for axis in axes])))
+        return Basis(axes, reduce(pt.add, values))
+
+    def eigenvalues_of(self, term: int, axes: Sequence["AxisBasis"]) -> TensorVariable:
+        """Return the eigenvalues of a term, ``v_t1 (x) ... (x) v_td``, or a one for all."""
+        if not any(self.layout.uses_signal[term]):
+            return pt.ones((1,), dtype=axes[0].values.type.dtype)
+        return kron_of_vectors(self.term_values(term, axes))
+
+    def term_values(self, term: int, axes: Sequence["AxisBasis"]) -> list[TensorVariable]:
+        """Return the eigenvalues of the factors of a term, ``v_ti``."""
+        return [
+            axis.values if uses_signal else pt.ones_like(axis.values)
+            for uses_signal, axis in zip(self.layout.uses_signal[term], axes, strict=True)
+        ]
 
     def roots(self, basis: "Basis") -> list[TensorVariable]:
         """Return ``inv(P_i)'`` for each axis: ``M = R diag(Lambda) R'`` with their product R."""
         # P' D P = I
         return [
-            vectors if metric is None else metric @ vectors
-            for (_, metric), vectors in zip(self.axes, basis.vectors, strict=True)
+            vectors if axis.metric is None else axis.metric @ vectors
+            for axis, vectors in zip(self.axes, basis.vectors, strict=True)
         ]
 
     def pull_back(self, term: Term) -> list[TensorVariable]:
         """Return the gradients in all `inputs`, given the gradient in the sum as a term."""
         scale_gradients = []
-        # On an axis without a signal, only the size of the matrix counts
-        signal_gradients = [
-            signal.zeros_like() if self.layout.has_signal(axis) else disconnected_type()
-            for axis, signal in enumerate(self.signals)
-        ]
-        metric_gradients = [None if m is None else m.zeros_like() for _, m in self.axes]
+        in_signals: list[TensorVariable | None] = [None] * len(self.axes)
+        in_metrics: list[TensorVariable | None] = [None] * len(self.axes)
         for t, scale in enumerate(self.scales):
             factors = self.factors(t)
-            scale_gradients.append(_summed_to(inner(term, Product(factors)), scale))
-            for axis, uses_signal in enumerate(self.layout.uses_signal[t]):
-                gradients = signal_gradients if uses_signal else metric_gradients
-                if gradients[axis] is not None:
-                    part = scale[..., None, None] * contract(term, factors, axis, axis + 1)
-                    gradients[axis] = gradients[axis] + _summed_to(part, factors[axis])
-        metric_gradients = [gradient for gradient in metric_gradients if gradient is not None]
-        return [*scale_gradients, *signal_gradients, *metric_gradients]
+            scale_gradients.append(summed_to(inner(term, Product(factors)), scale))
+            for i, uses_signal in enumerate(self.layout.uses_signal[t]):
+                gradients = in_signals if uses_signal else in_metrics
+                if uses_signal or self.layout.has_metric[i]:
+                    part = scale[..., None, None] * contract(term, factors, i, i + 1)
+                    part = summed_to(part, factors[i])
+                    known = gradients[i]
+                    gradients[i] = part if known is None else known + part
+        return [*scale_gradients, *self.gradients_in_matrices(in_signals, in_metrics)]
+
+    def gradients_in_matrices(
+        self,
+        in_signals: Sequence[TensorVariable | None],
+        in_metrics: Sequence[TensorVariable | None],
+    ) -> list[TensorVariable]:
+        """Return the gradients in all `inputs` but the scalars.
+
+        Parameters
+        ----------
+        in_signals, in_metrics
+            For each axis, the gradients in ``S_i`` and ``D_i``, or None where there is none.
+        """
+        signals, metrics, eigenvalues = [], [], []
+        for axis, in_signal, in_metric in zip(self.axes, in_signals, in_metrics, strict=True):
+            if in_signal is None:
+                # Only the size of the matrix counts
+                signals.append(axis.signal.zeros_like())
+            elif axis.eigenvalues is None:
+                signals.append(in_signal)
+            else:
+                # dS = dQ w Q' + Q dw Q' + Q w dQ'
+                rotated = in_signal @ axis.signal
+                both = rotated + in_signal.mT @ axis.signal
+                signals.append(summed_to(both * axis.eigenvalues[..., None, :], axis.signal))
+                in_values = (axis.signal * rotated).sum(axis=-2)
+                eigenvalues.append(summed_to(in_values, axis.eigenvalues))
+            if axis.metric is not None:
+                metrics.append(axis.metric.zeros_like() if in_metric is None else in_metric)
+        return [*signals, *metrics, *eigenvalues]
+
+
+@dataclass(frozen=True)
+class Axis:
+    """What a `KronSum` has on one axis.
+
+    Attributes
+    ----------
+    signal
+        The signal ``S``, ``(..., n, n)``, or its eigenvectors.
+    eigenvalues
+        Its eigenvalues, ``(..., n)``, or None where they aren't given.
+    metric
+        The metric ``D``, or None for the identity.
+    has_signal
+        Whether any term has the signal.
+    """
+
+    signal: TensorVariable
+    eigenvalues: TensorVariable | None
+    metric: TensorVariable | None
+    has_signal: bool
+
+    @property
+    def signal_matrix(self) -> TensorVariable:
+        """The signal."""
+        if self.eigenvalues is None:
+            return self.signal
+        return (self.signal * self.eigenvalues[..., None, :]) @ self.signal.mT
+
+    @property
+    def metric_matrix(self) -> TensorVariable:
+        """The metric."""
+        if self.metric is not None:
+            return self.metric
+        [size] = column_sizes([self.signal])
+        return pt.eye(size, dtype=self.signal.type.dtype)
+
+    def decompose(self) -> "AxisBasis":
+        """Return the generalised eigenvalues and eigenvectors."""
+        ones = pt.ones_like(pt.diagonal(self.signal, axis1=-2, axis2=-1))
+        if self.metric is None:
+            if not self.has_signal:
+                return AxisBasis(ones, self.metric_matrix, None)
+            if self.eigenvalues is not None:
+                return AxisBasis(self.eigenvalues, self.signal, None)
+            return AxisBasis(*finite_eigh(self.signal), None)
+        root = CholeskyRoot(pt.linalg.cholesky(self.metric))
+        if not self.has_signal:
+            inverse = root.whiten(pt.eye(self.metric.shape[-1], dtype=self.metric.type.dtype))
+            return AxisBasis(ones, inverse.mT, root.logdet)
+        # S P = D P w is the symmetric problem (C^-1 S C^-T) Q = Q w with P = C^-T Q
+        values, vectors = finite_eigh(root.whiten(root.whiten(self.signal_matrix).mT))
+        return AxisBasis(values, root.unwhiten(vectors), root.logdet)
+
+
+@dataclass(frozen=True)
+class AxisBasis:
+    """The generalised eigenvectors of one axis.
+
+    Attributes
+    ----------
+    values
+        The eigenvalues ``w``, ``(..., n)``, ones where there is no signal.
+    vectors
+        The matrix ``P``, whose columns are the eigenvectors.
+    metric_logdet
+        ``log det D``, or None for the identity.
+    """
+
+    values: TensorVariable
+    vectors: TensorVariable
+    metric_logdet: TensorVariable | None
 
 
 @dataclass(frozen=True)
@@ -172,80 +299,47 @@ class Basis:
 
     Attributes
     ----------
-    vectors
-        For each axis, ``P_i``, whose columns are the generalised eigenvectors.
+    axes
+        The eigenvectors of each axis.
     values
         ``Lambda``, ``(..., n_1*...*n_d)``.
-    metric_logdets
-        For each axis, ``log det D_i``, or None for the identity.
     """
 
-    vectors: Matrices
+    axes: Sequence[AxisBasis]
     values: TensorVariable
-    metric_logdets: Sequence[TensorVariable | None]
+
+    @property
+    def vectors(self) -> list[TensorVariable]:
+        """For each axis, ``P_i``."""
+        return [axis.vectors for axis in self.axes]
 
     def project(self, x: TensorVariable) -> TensorVariable:
         """Return ``P' x`` of a batch of vectors, ``(n_1*...*n_d)->(n_1*...*n_d)``."""
-        return kron_matmul([vectors.mT for vectors in self.vectors], x)
+        return self._apply([vectors.mT for vectors in self.vectors], x)
+
+    def combine(self, z: TensorVariable) -> TensorVariable:
+        """Return ``P z`` of a batch of vectors, ``(n_1*...*n_d)->(n_1*...*n_d)``."""
+        return self._apply(self.vectors, z)
+
+    def _apply(self, matrices: Matrices, x: TensorVariable) -> TensorVariable:
+        sizes = column_sizes(self.vectors)
+        batch_ndim = factors_batch_ndim(self.vectors)
+        return apply_to_vectors(
+            list(map(Multiply, matrices)), sizes, sizes, x, batch_ndim=batch_ndim
+        )
 
     def slogdet(self) -> tuple[TensorVariable, TensorVariable]:
         """Return the sign and the log absolute determinant of the sum."""
         sign = pt.sign(self.values).prod(axis=-1)
         logabsdet = pt.log(pt.abs(self.values)).sum(axis=-1)
         sizes = column_sizes(self.vectors)
-        for axis, logdet in enumerate(self.metric_logdets):
-            if logdet is not None:
-                logabsdet = logabsdet + prod(sizes[:axis] + sizes[axis + 1 :]) * logdet
+        for i, axis in enumerate(self.axes):
+            if axis.metric_logdet is not None:
+                logabsdet = logabsdet + copies_of(sizes, i) * axis.metric_logdet
         return sign, logabsdet
 
 
-def _decompose(signal, metric, like) -> tuple:
-    """Return the eigenvalues, the eigenvectors and ``log det D`` of one axis."""
-    if metric is None:
-        if signal is None:
-            return pt.ones_like(pt.diagonal(like, axis1=-2, axis2=-1)), _identity_like(like), None
-        return *_eigh(signal), None
-    root = Root(pt.linalg.cholesky(metric))
-    if signal is None:
-        inverse = root.whiten(pt.eye(like.shape[-1], dtype=metric.type.dtype))
-        return pt.ones_like(pt.diagonal(like, axis1=-2, axis2=-1)), inverse.mT, root.logdet
-    # S P = D P w is the symmetric problem (C^-1 S C^-T) Q = Q w with P = C^-T Q
-    values, vectors = _eigh(root.whiten(root.whiten(signal).mT))
-    return values, pt.linalg.solve_triangular(root.chol.mT, vectors, lower=False), root.logdet
-
-
-def _eigh(matrix: TensorVariable) -> tuple[TensorVariable, TensorVariable]:
-    """Return eigenvalues and eigenvectors, with NaN eigenvalues of a matrix that isn't finite.
-
-    LAPACK may run for ever on NaN, and SciPy raises an error. A sampler that has strayed off
-    needs to be told NaN, as by a Cholesky factor.
-    """
-    is_finite = pt.all(pt.lt(pt.abs(matrix), np.inf), axis=(-2, -1), keepdims=True)
-    values, vectors = pt.linalg.eigh(pt.switch(is_finite, matrix, 0).astype(matrix.type.dtype))
-    return pt.switch(is_finite[..., 0], values, np.nan).astype(values.type.dtype), vectors
-
-
-def _identity_like(matrix: TensorVariable) -> TensorVariable:
-    [size] = column_sizes([matrix])
-    return pt.eye(size, dtype=matrix.type.dtype)
-
-
-def _summed_to(gradient: TensorVariable, like: TensorVariable) -> TensorVariable:
-    """Sum a gradient over the axes along which its variable was broadcast."""
-    extra = gradient.type.ndim - like.type.ndim
-    if extra > 0:
-        gradient = gradient.sum(axis=tuple(range(extra)))
-    broadcast = [
-        axis
-        for axis, (one, other) in enumerate(
-            zip(like.type.broadcastable, gradient.type.broadcastable, strict=True)
-        )
-        if one and not other
-    ]
-    return gradient.sum(axis=broadcast, keepdims=True) if broadcast else gradient
-
-
-def _as_low_rank(kron_sum: KronSum, left: TensorVariable, right: TensorVariable) -> LowRank:
+def as_low_rank(kron_sum: KronSum, left: TensorVariable, right: TensorVariable) -> LowRank:
     """Return the sum of the outer products of a batch of vectors, ``(..., N)`` each.
 
     Over the leading dimensions that the sum of products doesn't have itself.
@@ -261,17 +355,19 @@ def _as_low_rank(kron_sum: KronSum, left: TensorVariable, right: TensorVariable)
     return LowRank(as_columns(left), as_columns(right))
 
 
-class KronSumOp(TensorSymbolicOp):
+class KronSumOp(ClosedFormOp):
     """An operation on a `KronSum`, whose parts are its inputs."""
 
     __props__: tuple[str, ...] = ("layout",)
-    inline = True
 
     def split(self, inputs) -> tuple[KronSum, list[TensorVariable]]:
         """Return the sum and the inputs that don't belong to it."""
-        has_metric = self.layout.has_metric
-        n_parts = len(self.layout.uses_signal) + len(has_metric) + sum(has_metric)
+        n_parts = len(KronSum.core_ndims(self.layout))
         return KronSum.from_inputs(self.layout, inputs[:n_parts]), inputs[n_parts:]
+
+    def connection_pattern(self, node):
+        """Return that all inputs count: the gradient in a signal that only has a size is zero."""
+        return [[True] * len(node.outputs) for _ in node.inputs]
 
 
 class DefiniteKronSumOp(KronSumOp):
@@ -297,14 +393,14 @@ class KronSumSolve(DefiniteKronSumOp):
     def build_inner_graph(self, *inputs):
         kron_sum, [b] = self.split(inputs)
         basis = kron_sum.basis()
-        return [kron_matmul(basis.vectors, basis.project(b) / self.eigenvalues(basis))]
+        return [basis.combine(basis.project(b) / self.eigenvalues(basis))]
 
     def pullback(self, inputs, outputs, cotangents):
         kron_sum, [_b] = self.split(inputs)
         [x], [x_bar] = outputs, cotangents
         b_bar = self(*kron_sum.inputs, x_bar)
-        term = _as_low_rank(kron_sum, -b_bar, x)
-        return [*kron_sum.pull_back(term), _summed_to(b_bar, inputs[-1])]
+        term = as_low_rank(kron_sum, -b_bar, x)
+        return [*kron_sum.pull_back(term), summed_to(b_bar, inputs[-1])]
 
 
 class KronSumQuadratic(DefiniteKronSumOp):
@@ -320,8 +416,8 @@ class KronSumQuadratic(DefiniteKronSumOp):
         [form_bar] = cotangents
         x = KronSumSolve(layout=self.layout, definite=self.definite)(*inputs)
         scaled = form_bar[..., None] * x
-        term = _as_low_rank(kron_sum, -scaled, x)
-        return [*kron_sum.pull_back(term), _summed_to(2 * scaled, b)]
+        term = as_low_rank(kron_sum, -scaled, x)
+        return [*kron_sum.pull_back(term), summed_to(2 * scaled, b)]
 
 
 class KronSumSLogDet(KronSumOp):

@@ -27,6 +27,7 @@ Every function takes and returns PyTensor variables, is aware of batch dimension
 looks at how its arguments were computed; `pymc_kron.structure` does that.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import partial, reduce
 from math import prod
@@ -35,9 +36,9 @@ from pytensor import tensor as pt
 from pytensor.gradient import DisconnectedType
 from pytensor.tensor.blockwise import Blockwise
 from pytensor.tensor.linalg.summary import SLogDet
-from pytensor.tensor.symbolic import TensorSymbolicOp
 from pytensor.tensor.variable import TensorVariable
 
+from pymc_kron.closed_form import ClosedFormOp
 from pymc_kron.structure import Matrices, Size, column_sizes, row_sizes
 
 type MatrixMap = Callable[[TensorVariable], TensorVariable]
@@ -55,53 +56,6 @@ def kron(*factors: TensorVariable) -> TensorVariable:
     return reduce(_batched_kron, factors)
 
 
-def sweep(
-    maps: Sequence[MatrixMap],
-    in_sizes: Sequence[Size],
-    out_sizes: Sequence[Size],
-    rows: TensorVariable,
-    *,
-    n_rows: Size | None = None,
-) -> TensorVariable:
-    """Apply one linear map along each axis of a grid: ``(m,n1*...*nd)->(k1*...*kd,m)``.
-
-    The result is transposed: a vector of the grid enters as a row and leaves as a column.
-    Each step maps the last axis and moves it to the front, so that every map sees a matrix
-    whose columns it may treat as right-hand sides, and a product of two factors needs no copy
-    between its steps. Where known sizes make another order cheaper, the axes are rearranged
-    before and after; the maps are taken to cost as much as a product with a ``(k_i, n_i)``
-    matrix.
-
-    Parameters
-    ----------
-    maps
-        For each factor, a function that sends a matrix ``(..., n_i, r)`` to ``(..., k_i, r)``.
-    in_sizes, out_sizes
-        The sizes ``n_i`` and ``k_i``.
-    rows
-        ``(..., m, N)``, or ``(..., N)`` if `n_rows` is None.
-    n_rows
-        The number ``m`` of vectors, None for a single one without that axis.
-
-    Returns
-    -------
-    TensorVariable
-        ``(..., K, m)``, or ``(..., K)`` if `n_rows` is None, with ``K = k_1 ... k_d``. The
-        batch dimensions are those of `rows` broadcast with those that the maps bring in.
-    """
-    lead = () if n_rows is None else (n_rows,)
-    axes = visiting_order(in_sizes, out_sizes)[::-1]
-    if axes != sorted(axes):
-        rows = _rearranged(rows, -1, in_sizes, axes)
-        maps = [maps[i] for i in axes]
-        in_sizes, out_sizes = ([sizes[i] for i in axes] for sizes in (in_sizes, out_sizes))
-        columns = sweep(maps, in_sizes, out_sizes, rows, n_rows=n_rows)
-        back = [axes.index(i) for i in range(len(axes))]
-        return _rearranged(columns, -1 - len(lead), out_sizes, back)
-    mapped = _sweep_grid(maps, in_sizes, out_sizes, rows, lead)
-    return mapped.reshape((*tuple(mapped.shape)[:-2], prod(out_sizes), *lead))
-
-
 def visiting_order(in_sizes: Sequence[Size], out_sizes: Sequence[Size]) -> list[int]:
     """Return the order in which maps cost the least: last to first unless known sizes differ.
 
@@ -115,41 +69,51 @@ def visiting_order(in_sizes: Sequence[Size], out_sizes: Sequence[Size]) -> list[
     return sorted(last_to_first, key=lambda i: 1 / in_sizes[i] - 1 / out_sizes[i])
 
 
-def _rearranged(
-    x: TensorVariable, axis: int, sizes: Sequence[Size], axes: Sequence[int]
-) -> TensorVariable:
-    """Rearrange the axes of the grid that one axis of an array stands for."""
-    axis %= x.type.ndim
-    before, after = tuple(x.shape)[:axis], tuple(x.shape)[axis + 1 :]
-    grid = x.reshape((*before, *sizes, *after))
-    order = [*range(axis), *(axis + i for i in axes), *range(axis + len(axes), grid.type.ndim)]
-    return grid.transpose(*order).reshape((*before, prod(sizes), *after))
+class AxisMap(ABC):
+    """A linear map that has a way of its own to be applied to an axis of a grid."""
+
+    @abstractmethod
+    def __call__(self, columns: TensorVariable) -> TensorVariable:
+        """Apply it to the columns of a matrix: ``(n,r)->(k,r)``."""
+
+    @abstractmethod
+    def along(self, grid: TensorVariable) -> TensorVariable:
+        """Apply it to the middle one of three axes: ``(p,n,q)->(p,k,q)``."""
 
 
-def _sweep_grid(
-    maps: Sequence[MatrixMap],
-    in_sizes: Sequence[Size],
-    out_sizes: Sequence[Size],
-    rows: TensorVariable,
-    lead: tuple[Size, ...] = (),
-) -> TensorVariable:
-    """Return the result of `sweep` as a matrix with a row for each of the ``k_1``."""
-    batch_shape = tuple(rows.shape)[: rows.type.ndim - 1 - len(lead)]
-    # The axes in front of the one to be mapped, slowest first
-    front: tuple[Size, ...] = (*lead, *in_sizes[:-1])
-    grid = rows.reshape((*batch_shape, prod(front), in_sizes[-1]))
-    for i in reversed(range(len(maps))):
-        mapped = maps[i](grid.mT)
-        if i == 0:
-            break
-        front = (out_sizes[i], *front[:-1])
-        # With one axis in front, the matrix already has the shape that the next map needs
-        grid = (
-            mapped
-            if len(front) == 1
-            else mapped.reshape((*tuple(mapped.shape)[:-2], prod(front), in_sizes[i - 1]))
-        )
-    return mapped
+def map_axis(map_: MatrixMap, grid: TensorVariable, *, batch_ndim: int = 0) -> TensorVariable:
+    """Apply a linear map to the middle one of three axes: ``(p,n,q)->(p,k,q)``.
+
+    What comes before and after the axis stays where it is: the first and the last axis of an
+    array in C order take no copy.
+
+    Parameters
+    ----------
+    map_
+        A function that sends a matrix ``(..., n, r)`` to ``(..., k, r)``.
+    grid
+        ``(..., p, n, q)``.
+    batch_ndim
+        How many batch dimensions the map has.
+    """
+    if isinstance(map_, AxisMap) and batch_ndim == 0 and grid.type.ndim == 3:
+        return map_.along(grid)
+    p, n, q = grid.type.shape[-3:]
+    if p == 1:
+        return map_(grid.squeeze(-3))[..., None, :, :]
+    if q == 1:
+        return map_(grid.squeeze(-1).mT).mT[..., None]
+    if batch_ndim == 0 and n is not None and q is not None and n * q >= WORTH_A_CALL:
+        return map_(grid)
+    columns = grid.swapaxes(-3, -2)
+    *batch_shape, n, p, q = tuple(columns.shape)
+    mapped = map_(columns.reshape((*batch_shape, n, p * q)))
+    *batch_shape, k, _ = tuple(mapped.shape)
+    return mapped.reshape((*batch_shape, k, p, q)).swapaxes(-3, -2)
+
+
+WORTH_A_CALL = 256
+"""The number of entries from which a matrix takes longer to copy than to call BLAS for it."""
 
 
 def apply_to_vectors(
@@ -162,30 +126,27 @@ def apply_to_vectors(
 ) -> TensorVariable:
     """Apply one linear map along each axis of the grid: ``(n1*...*nd)->(k1*...*kd)``.
 
+    Known sizes decide the order; the maps are taken to cost as much as a product with a
+    ``(k_i, n_i)`` matrix.
+
     Parameters
     ----------
-    maps, in_sizes, out_sizes
-        As in `sweep`.
+    maps
+        For each factor, a function that sends a matrix ``(..., n_i, r)`` to ``(..., k_i, r)``.
+    in_sizes, out_sizes
+        The sizes ``n_i`` and ``k_i``.
     x
         ``(..., N)``, a batch of vectors.
     batch_ndim
         How many batch dimensions the maps have. Only as many of the dimensions of `x` are
         broadcast against them; the vectors of all others go through the maps together.
-    """
-    n_shared = x.type.ndim - 1 - batch_ndim
-    if n_shared <= 0:
-        return sweep(maps, in_sizes, out_sizes, x)
 
-    shared_shape = tuple(x.shape)[:n_shared]
-    batch_shape = tuple(x.shape)[n_shared:-1]
-    n_rows = prod(_known_or_symbolic(x, range(n_shared)))
-    rows = pt.moveaxis(x, range(n_shared), range(batch_ndim, batch_ndim + n_shared))
-    rows = rows.reshape((*batch_shape, n_rows, x.shape[-1]))
-    columns = sweep(maps, in_sizes, out_sizes, rows, n_rows=n_rows)
-    result = columns.mT.reshape(
-        (*tuple(columns.shape)[:-2], *shared_shape, prod(out_sizes)),
-    )
-    return pt.moveaxis(result, range(batch_ndim, batch_ndim + n_shared), range(n_shared))
+    Returns
+    -------
+    TensorVariable
+        ``(..., K)`` with ``K = k_1 ... k_d``.
+    """
+    return _apply(maps, in_sizes, out_sizes, x, (), batch_ndim)
 
 
 def apply_to_columns(
@@ -200,32 +161,76 @@ def apply_to_columns(
 
     The parameters are those of `apply_to_vectors`, with `x` of shape ``(..., N, m)``.
     """
-    if x.type.shape[-1] == 1:
-        vectors = apply_to_vectors(maps, in_sizes, out_sizes, x.squeeze(-1), batch_ndim=batch_ndim)
-        return vectors[..., None]
-    if batch_ndim == 0:
-        return apply_to_vectors(maps, in_sizes, out_sizes, x.mT).mT
-    [n_rows] = _known_or_symbolic(x, [-1])
-    return sweep(maps, in_sizes, out_sizes, x.mT, n_rows=n_rows)
+    n_columns = _known_or_symbolic(x, [-1])
+    return _apply(maps, in_sizes, out_sizes, x, n_columns, batch_ndim)
 
 
-def sum_of_squares(
-    maps: Sequence[MatrixMap],
-    sizes: Sequence[Size],
-    x: TensorVariable,
-    *,
-    batch_ndim: int = 0,
-) -> TensorVariable:
-    """Squared norm of what `apply_to_vectors` returns: ``(n1*...*nd)->()``."""
-    if x.type.ndim - 1 > batch_ndim:
-        vectors = apply_to_vectors(maps, sizes, sizes, x, batch_ndim=batch_ndim)
-        return (vectors**2).sum(axis=-1)
-    # The order of the cells doesn't matter: no copy into a vector
-    return (_sweep_grid(maps, sizes, sizes, x) ** 2).sum(axis=(-2, -1))
+def _apply(maps, in_sizes, out_sizes, x, n_columns, batch_ndim) -> TensorVariable:
+    core_ndim = 1 + len(n_columns)
+    n_shared = max(0, x.type.ndim - core_ndim - batch_ndim)
+    shared_shape = tuple(_known_or_symbolic(x, range(n_shared)))
+    if n_shared and batch_ndim:
+        x = pt.moveaxis(x, range(n_shared), range(batch_ndim, batch_ndim + n_shared))
+        batch_shape = tuple(x.shape)[:batch_ndim]
+    else:
+        batch_shape = tuple(x.shape)[n_shared : x.type.ndim - core_ndim]
+
+    sizes = list(in_sizes)
+    for i in visiting_order(in_sizes, out_sizes):
+        before, after = prod((*shared_shape, *sizes[:i])), prod((*sizes[i + 1 :], *n_columns))
+        grid = x.reshape((*batch_shape, before, sizes[i], after))
+        x = map_axis(maps[i], grid, batch_ndim=batch_ndim)
+        batch_shape = tuple(x.shape)[: x.type.ndim - 3]
+        sizes[i] = out_sizes[i]
+    result = x.reshape((*batch_shape, *shared_shape, prod(out_sizes), *n_columns))
+    if n_shared and batch_ndim:
+        result = pt.moveaxis(result, range(batch_ndim, batch_ndim + n_shared), range(n_shared))
+    return result
 
 
 def _known_or_symbolic(x: TensorVariable, axes: Sequence[int]) -> list[Size]:
     return [x.shape[axis] if x.type.shape[axis] is None else x.type.shape[axis] for axis in axes]
+
+
+def grid_along(
+    x: TensorVariable, sizes: Sequence[Size], axis: int, *, batch_ndim: int = 0
+) -> TensorVariable:
+    """Set one axis of the grid apart: ``(n1*...*nd)->(p,ni,q)``, with ``p q = N / n_i``.
+
+    Parameters
+    ----------
+    x
+        ``(..., N)``, a batch of vectors. All but the last `batch_ndim` of its batch dimensions
+        become part of the first axis.
+    sizes
+        The sizes of all axes.
+    axis
+        The axis ``i``.
+    batch_ndim
+        How many batch dimensions the result has.
+    """
+    n_shared = x.type.ndim - 1 - batch_ndim
+    shared_shape = _known_or_symbolic(x, range(n_shared))
+    if n_shared and batch_ndim:
+        x = pt.moveaxis(x, range(n_shared), range(batch_ndim, batch_ndim + n_shared))
+    batch_shape = tuple(x.shape)[:batch_ndim] if batch_ndim else ()
+    before, after = prod((*shared_shape, *sizes[:axis])), prod(sizes[axis + 1 :])
+    return x.reshape((*batch_shape, before, sizes[axis], after))
+
+
+def contract_grids(left: TensorVariable, right: TensorVariable) -> TensorVariable:
+    """Multiply unfolded grids, ``sum_pq A[p,:,q] B[p,:,q]'``: ``(p,n,q),(p,m,q)->(n,m)``."""
+    if left.type.shape[-3] == 1:
+        return left.squeeze(-3) @ right.squeeze(-3).mT
+    if left.type.shape[-1] == 1:
+        return left.squeeze(-1).mT @ right.squeeze(-1)
+
+    def unfolded(grid):
+        rows = grid.swapaxes(-3, -2)
+        *batch_shape, n, p, q = tuple(rows.shape)
+        return rows.reshape((*batch_shape, n, p * q))
+
+    return unfolded(left) @ unfolded(right).mT
 
 
 def factors_batch_ndim(factors: Matrices) -> int:
@@ -310,7 +315,7 @@ def with_aligned_signs(factors: Matrices) -> list[TensorVariable]:
     ]
 
 
-class FactorSLogDet(TensorSymbolicOp):
+class FactorSLogDet(ClosedFormOp):
     """Sign and logarithm of the absolute determinant of a real factor: ``(n,n)->(),()``.
 
     PyTensor writes these as ``sign(det(A))`` and ``log(abs(det(A)))``, and the gradient of the
@@ -318,8 +323,6 @@ class FactorSLogDet(TensorSymbolicOp):
     ``d log|det A| / dA = inv(A).T`` (Petersen and Pedersen (2012), "The matrix cookbook",
     equation 49) and the sign is constant.
     """
-
-    inline = True
 
     def build_inner_graph(self, a):
         return Blockwise(SLogDet())(a)
@@ -345,6 +348,16 @@ def triangular_slogdet(factor: TensorVariable) -> tuple[TensorVariable, TensorVa
     return pt.sign(diagonal).prod(axis=-1), pt.log(pt.abs(diagonal)).sum(axis=-1)
 
 
+def copies_of(sizes: Sequence[Size], axis: int) -> float | TensorVariable:
+    """Return ``N / n_i``, how many copies of a factor there are in a product.
+
+    As a float where it is known: PyTensor takes a small integer for an int8, and two of them may
+    be multiplied by one another as such, and overflow.
+    """
+    copies = prod((*sizes[:axis], *sizes[axis + 1 :]))
+    return float(copies) if isinstance(copies, int) else copies
+
+
 def kron_slogdet(
     factors: Matrices,
     slogdets: Sequence[tuple[TensorVariable, TensorVariable]],
@@ -356,9 +369,9 @@ def kron_slogdet(
     sizes = column_sizes(factors)
     logabsdet, sign = [], []
     for i, (factor_sign, factor_logabsdet) in enumerate(slogdets):
-        copies = prod(sizes[:i] + sizes[i + 1 :])
-        sign.append(factor_sign**copies)
+        copies = copies_of(sizes, i)
+        sign.append(factor_sign ** (int(copies) if isinstance(copies, float) else copies))
         total = copies * factor_logabsdet
         # Beside an empty factor, a singular one takes no part: 0 * -inf is 0
-        logabsdet.append(total if isinstance(copies, int) else pt.switch(copies > 0, total, 0))
+        logabsdet.append(total if isinstance(copies, float) else pt.switch(copies > 0, total, 0))
     return prod(sign[1:], start=sign[0]), sum(logabsdet[1:], start=logabsdet[0])

@@ -18,7 +18,8 @@ from pytensor.tensor.random.basic import MvNormalRV
 from pytensor.tensor.variable import TensorVariable
 
 from pymc_kron.distributions.kron_sum_mvnormal import KronSumMvNormalRV
-from pymc_kron.distributions.kronecker_mvnormal import Form, KroneckerMvNormalRV
+from pymc_kron.distributions.kronecker_mvnormal import KroneckerMvNormalRV
+from pymc_kron.factors import Form
 from pymc_kron.rewriting.bundle import as_replacement, recorded, tags_of
 from pymc_kron.rewriting.facts import positive_definite_factors
 from pymc_kron.rewriting.gram import is_root_of_kron

@@ -1,47 +1,177 @@
-"""Roots of positive definite factors: ``Sigma = R R'``, from a covariance or from a precision."""
+"""Roots of positive definite factors: ``Sigma = R R'``, from whatever describes the factor."""
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from functools import partial
 
 from pytensor import tensor as pt
 from pytensor.tensor.variable import TensorVariable
 
-_solve_lower = partial(pt.linalg.solve_triangular, lower=True)
-_solve_upper = partial(pt.linalg.solve_triangular, lower=False)
+from pymc_kron.kernels import TriangularSolve
+from pymc_kron.linalg import MatrixMap
+
+
+class Root(ABC):
+    """A root ``R`` of a covariance ``Sigma = R R'``, which is applied and never formed."""
+
+    @property
+    @abstractmethod
+    def whiten(self) -> MatrixMap:
+        """The map to ``inv(R) columns``: ``(n,m)->(n,m)``."""
+
+    @property
+    @abstractmethod
+    def unwhiten(self) -> MatrixMap:
+        """The map to ``inv(R)' columns``: ``(n,m)->(n,m)``. ``inv(Sigma) = inv(R)' inv(R)``."""
+
+    @property
+    @abstractmethod
+    def color(self) -> MatrixMap:
+        """The map to ``R columns``: ``(n,m)->(n,m)``."""
+
+    @property
+    @abstractmethod
+    def logdet(self) -> TensorVariable:
+        """The log-determinant of ``Sigma``: ``(n,n)->()``."""
+
+    @property
+    @abstractmethod
+    def exists(self) -> TensorVariable:
+        """Whether ``Sigma`` is positive definite: ``(n,n)->()``."""
 
 
 @dataclass(frozen=True)
-class Root:
-    """A root ``R`` of a covariance ``Sigma = R R'``, kept as a Cholesky factor.
+class CholeskyRoot(Root):
+    """The root ``R = chol`` of a covariance ``chol chol'``.
 
     Attributes
     ----------
     chol
-        The lower Cholesky factor, ``(..., n, n)``, of the covariance, or of the precision.
-    of_precision
-        If False, ``Sigma = chol chol'`` and ``R = chol``; if True, ``inv(Sigma) = chol chol'``
-        and ``R = inv(chol)'``, which is never formed.
+        A lower triangular matrix, ``(..., n, n)``.
     """
 
     chol: TensorVariable
-    of_precision: bool = False
-
-    def whiten(self, columns: TensorVariable) -> TensorVariable:
-        """Return ``inv(R) columns``: ``(n,m)->(n,m)``."""
-        return self.chol.mT @ columns if self.of_precision else _solve_lower(self.chol, columns)
-
-    def color(self, columns: TensorVariable) -> TensorVariable:
-        """Return ``R columns``: ``(n,m)->(n,m)``."""
-        return _solve_upper(self.chol.mT, columns) if self.of_precision else self.chol @ columns
 
     @property
-    def logdet(self) -> TensorVariable:
-        """The log-determinant of ``Sigma``: ``(n,n)->()``."""
-        # A triangular root that was given may have negative entries on its diagonal
-        diagonal = pt.abs(pt.diagonal(self.chol, axis1=-2, axis2=-1))
-        return (-2 if self.of_precision else 2) * pt.log(diagonal).sum(axis=-1)
+    def whiten(self):
+        return TriangularSolve(self.chol)
 
     @property
-    def exists(self) -> TensorVariable:
-        """Whether the matrix that ``chol`` is the root of is positive definite: ``(n,n)->()``."""
-        return pt.all(pt.abs(pt.diagonal(self.chol, axis1=-2, axis2=-1)) > 0, axis=-1)
+    def unwhiten(self):
+        return TriangularSolve(self.chol, transposed=True)
+
+    @property
+    def color(self):
+        return self.chol.__matmul__
+
+    @property
+    def diagonal(self) -> TensorVariable:
+        """The absolute diagonal: that of a triangular root that was given may be negative."""
+        return pt.abs(pt.diagonal(self.chol, axis1=-2, axis2=-1))
+
+    @property
+    def logdet(self):
+        return 2.0 * pt.log(self.diagonal).sum(axis=-1)
+
+    @property
+    def exists(self):
+        return pt.all(self.diagonal > 0, axis=-1)
+
+
+@dataclass(frozen=True)
+class PrecisionRoot(Root):
+    """The root ``R = inv(chol)'`` of a covariance whose inverse is ``chol chol'``.
+
+    Attributes
+    ----------
+    chol
+        A lower triangular matrix, ``(..., n, n)``.
+    """
+
+    chol: TensorVariable
+
+    @property
+    def whiten(self):
+        return self.chol.mT.__matmul__
+
+    @property
+    def unwhiten(self):
+        return self.chol.__matmul__
+
+    @property
+    def color(self):
+        return TriangularSolve(self.chol, transposed=True)
+
+    @property
+    def logdet(self):
+        return -CholeskyRoot(self.chol).logdet
+
+    @property
+    def exists(self):
+        return CholeskyRoot(self.chol).exists
+
+
+@dataclass(frozen=True)
+class EigenRoot(Root):
+    """The root ``R = Q diag(sqrt(w))`` of a covariance ``Q diag(w) Q'``.
+
+    Attributes
+    ----------
+    values
+        The eigenvalues ``w``, ``(..., n)``.
+    vectors
+        The orthogonal matrix ``Q``, ``(..., n, n)``.
+    """
+
+    values: TensorVariable
+    vectors: TensorVariable
+
+    @property
+    def _scales(self):
+        return pt.sqrt(self.values)[..., None]
+
+    @property
+    def whiten(self):
+        return lambda columns: (self.vectors.mT @ columns) / self._scales
+
+    @property
+    def unwhiten(self):
+        return lambda columns: self.vectors @ (columns / self._scales)
+
+    @property
+    def color(self):
+        return lambda columns: self.vectors @ (self._scales * columns)
+
+    @property
+    def logdet(self):
+        return pt.log(self.values).sum(axis=-1)
+
+    @property
+    def exists(self):
+        return pt.all(self.values > 0, axis=-1)
+
+
+@dataclass(frozen=True)
+class IdentityRoot(Root):
+    """The root ``R = I`` of an identity matrix, which takes no operation.
+
+    Attributes
+    ----------
+    identity
+        The matrix, ``(..., n, n)``.
+    """
+
+    identity: TensorVariable
+
+    @property
+    def whiten(self):
+        return lambda columns: columns
+
+    unwhiten = color = whiten
+
+    @property
+    def logdet(self):
+        return pt.zeros((), dtype=self.identity.type.dtype)
+
+    @property
+    def exists(self):
+        return pt.constant(True)

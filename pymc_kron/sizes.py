@@ -6,7 +6,6 @@ don't, nothing is known.
 """
 
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
 
@@ -247,10 +246,3 @@ def axis_size(var: TensorVariable, axis: int) -> SizeProduct:
 def is_provably_square(var: TensorVariable) -> bool:
     """Whether the last two axes of an array are known to have the same size."""
     return Sizes(var).is_square(var)
-
-
-def sizes_agree(pairs: Iterable[tuple[TensorVariable, int, TensorVariable, int]]) -> bool:
-    """Whether each pair of axes, as ``(left, axis, right, axis)``, has the same size."""
-    pairs = list(pairs)
-    sizes = Sizes(*(matrix for left, _, right, _ in pairs for matrix in (left, right)))
-    return all(sizes.of(a, i) == sizes.of(b, j) for a, i, b, j in pairs)

@@ -6,8 +6,10 @@ Everything here only looks; nothing is built except transposes and multiples of 
 from collections.abc import Sequence
 
 import numpy as np
+from pytensor import tensor as pt
 from pytensor.assumptions import (
     LOWER_TRIANGULAR,
+    ORTHOGONAL,
     POSITIVE_DEFINITE,
     SYMMETRIC,
     UPPER_TRIANGULAR,
@@ -16,7 +18,7 @@ from pytensor.assumptions import (
 from pytensor.assumptions.specify import SpecifyAssumptions
 from pytensor.graph.basic import Constant, Variable
 from pytensor.graph.fg import FunctionGraph
-from pytensor.scalar.basic import Mul, Neg, TrueDiv
+from pytensor.scalar.basic import Add, Mul, Neg, TrueDiv
 from pytensor.tensor.basic import Eye
 from pytensor.tensor.blockwise import Blockwise
 from pytensor.tensor.elemwise import Elemwise
@@ -169,9 +171,48 @@ def _factors_of_multiple(var: TensorVariable) -> tuple[TensorVariable, ...] | No
     return multiple(first), *others
 
 
-def is_scalar(var: TensorVariable) -> bool:
-    """Whether a variable broadcasts one value over the last two axes."""
-    return all(var.type.broadcastable[-2:])
+def is_scalar(var: TensorVariable, core_ndim: int = 2) -> bool:
+    """Whether a variable broadcasts one value over the last axes, as many as a matrix has."""
+    return all(var.type.broadcastable[-core_ndim:])
+
+
+def split_scalars(var: TensorVariable, core_ndim: int = 2) -> tuple[TensorVariable, Matrices]:
+    """Split ``c X`` into ``X`` and the scalars, one for each matrix or vector of a batch.
+
+    Parameters
+    ----------
+    var
+        The multiple.
+    core_ndim
+        The number of axes along which the scalars have one entry.
+    """
+    scales: list[TensorVariable] = []
+    while True:
+        match var.owner_op_and_inputs:
+            case (Elemwise(scalar_op=Neg()), inner):
+                scales.append(pt.constant(-1, dtype=var.type.dtype))
+            case (Elemwise(scalar_op=Add()), inner, other) if inner is other:
+                # The gradient of w * w
+                scales.append(pt.constant(2, dtype=var.type.dtype))
+            case (Elemwise(scalar_op=TrueDiv()), inner, divisor) if is_scalar(divisor, core_ndim):
+                scales.append(reciprocal(divisor, var))
+            case (Elemwise(scalar_op=Mul()), *inputs):
+                others = [inp for inp in inputs if not is_scalar(inp, core_ndim)]
+                if len(others) != 1:
+                    return var, scales
+                [inner] = others
+                scales.extend(inp for inp in inputs if is_scalar(inp, core_ndim))
+            case _:
+                return var, scales
+        var = inner
+
+
+def reciprocal(divisor: TensorVariable, quotient: TensorVariable) -> TensorVariable:
+    """Return one divided by a divisor, in the precision of the quotient.
+
+    The reciprocal of a small integer, as an operation of its own, is of single precision.
+    """
+    return pt.constant(1, dtype=quotient.type.dtype) / divisor
 
 
 def strip_transposes(var: TensorVariable) -> tuple[TensorVariable, bool]:
@@ -271,6 +312,26 @@ def gram_root(var: TensorVariable) -> TensorVariable | None:
             if left_core is right_core and left_transposed != right_transposed:
                 return left
     return None
+
+
+def eigendecomposition(
+    fgraph: FunctionGraph, var: TensorVariable
+) -> tuple[TensorVariable, TensorVariable] | None:
+    """Return ``w`` and ``Q`` if ``var`` is ``(Q * w) @ Q.mT`` and Q is known to be orthogonal."""
+    match without_assumptions(var).owner_op_and_inputs:
+        case (Dot() | Blockwise(core_op=Dot()), scaled, right):
+            vectors, transposed = strip_transposes(right)
+        case _:
+            return None
+    match scaled.owner_op_and_inputs:
+        case (Elemwise(scalar_op=Mul()), *inputs) if transposed and len(inputs) == 2:
+            others = [inp for inp in inputs if strip_transposes(inp) != (vectors, False)]
+        case _:
+            return None
+    if len(others) != 1 or not check_assumption(fgraph, vectors, ORTHOGONAL):
+        return None
+    [values] = others
+    return (values.squeeze(-2), vectors) if values.type.broadcastable[-2] else None
 
 
 def is_lower_triangular(fgraph: FunctionGraph, var: TensorVariable) -> bool:

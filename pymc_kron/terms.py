@@ -9,6 +9,7 @@ record holds variables of the graph and nothing else.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from math import prod
 
 import numpy as np
@@ -22,7 +23,7 @@ from pytensor.tensor.elemwise import DimShuffle, Elemwise
 from pytensor.tensor.linalg.inverse import MatrixInverse, MatrixPinv
 from pytensor.tensor.linalg.products import Expm
 from pytensor.tensor.linalg.solvers.core import SolveBase
-from pytensor.tensor.math import Dot
+from pytensor.tensor.math import Dot, Sum
 from pytensor.tensor.shape import Reshape, SpecifyShape
 from pytensor.tensor.subtensor import (
     AdvancedIncSubtensor,
@@ -46,7 +47,9 @@ from pymc_kron.structure import (
     eye_sizes,
     is_scalar,
     kron_factors,
+    reciprocal,
     row_sizes,
+    split_scalars,
     strip_transposes,
 )
 
@@ -142,7 +145,7 @@ def terms_of(var: TensorVariable, sizes: Sizes | None = None) -> Terms | None:
 def _terms_of_core(var: TensorVariable, sizes: Sizes) -> Terms | None:
     factors = kron_factors(var)
     if factors is not None:
-        return (Product(*_without_scalars(factors)),)
+        return (_multiple_of_product(factors),)
     if eye_sizes(var) is not None:
         return (Product(),) if sizes.is_square(var) else None
     if isinstance(var, Constant):
@@ -165,7 +168,7 @@ def _terms_of_core(var: TensorVariable, sizes: Sizes) -> Terms | None:
         case (Elemwise(scalar_op=TrueDiv()), matrix, divisor) if (
             divisor.type.ndim < 2 or 1 in divisor.type.shape[-2:]
         ):
-            return _terms_of_elementwise_product([matrix, _reciprocal(divisor, var)], sizes)
+            return _terms_of_elementwise_product([matrix, reciprocal(divisor, var)], sizes)
         case (Elemwise(scalar_op=Mul()), *matrices):
             return _terms_of_elementwise_product(matrices, sizes)
         case (Elemwise(scalar_op=Second()), like, value):
@@ -189,6 +192,19 @@ def _terms_of_core(var: TensorVariable, sizes: Sizes) -> Terms | None:
         ) if _is_zero(zeros) and {"bool"}.isdisjoint({rows.type.dtype, columns.type.dtype}):
             entries = pt.broadcast_arrays(rows, columns, values)
             return (Entries(*(array.ravel() for array in entries)),)
+        case (
+            AdvancedIncSubtensor(
+                idx_list=(slice(start=None, stop=None, step=None), int()), set_instead_of_inc=False
+            ),
+            zeros,
+            columns,
+            order,
+        ) if _is_zero(zeros) and zeros.type.ndim == 2 and order.type.dtype != "bool":
+            return _terms_of_reordered(terms_of(columns, sizes), zeros, order)
+        case (DimShuffle(new_order=(1, 2)), batch) if batch.type.ndim == 3:
+            return _terms_of_only_matrix(terms_of(batch, sizes))
+        case (Sum(axis=(0,)), batch) if batch.type.ndim == 3:
+            return _terms_of_batch_sum(terms_of(batch, sizes))
         case (Reshape(ndim=2), vector, _):
             return _terms_of_reshaped(vector, var, sizes)
     return None
@@ -204,41 +220,15 @@ def _terms_of_constant(var: Constant) -> Terms | None:
     return (Product(diagonal=pt.constant(diagonal)),)
 
 
-def _without_scalars(factors: Matrices) -> tuple[Matrices, None, None, Matrices]:
+def _multiple_of_product(factors: Matrices) -> Product:
     """Split ``c A (x) B`` into the factors ``A``, ``B`` and the scalar ``c``."""
-    cores, scales = [], []
-    for factor in factors:
-        core = factor
-        while True:
-            match core.owner_op_and_inputs:
-                case (Elemwise(scalar_op=Neg()), inner):
-                    scales.append(pt.constant(-1, dtype=core.type.dtype))
-                case (Elemwise(scalar_op=TrueDiv()), inner, scalar) if is_scalar(scalar):
-                    scales.append(_reciprocal(batch_scalar(scalar), core))
-                case (Elemwise(scalar_op=Mul()), *inputs):
-                    matrices = [inp for inp in inputs if not is_scalar(inp)]
-                    if len(matrices) != 1:
-                        break
-                    [inner] = matrices
-                    scales.extend(batch_scalar(inp) for inp in inputs if is_scalar(inp))
-                case _:
-                    break
-            core = inner
-        cores.append(core)
-    return tuple(cores), None, None, tuple(scales)
+    cores, scales = zip(*map(split_scalars, factors), strict=True)
+    return Product(cores, scales=tuple(map(batch_scalar, chain(*scales))))
 
 
 def batch_scalar(var: TensorVariable) -> TensorVariable:
     """Return a variable that has one entry along its last two axes without these axes."""
     return var.squeeze(tuple(range(-min(var.type.ndim, 2), 0)))
-
-
-def _reciprocal(divisor: TensorVariable, quotient: TensorVariable) -> TensorVariable:
-    """Return one divided by a divisor, in the precision of the quotient.
-
-    The reciprocal of a small integer, as an operation of its own, is of single precision.
-    """
-    return pt.constant(1, dtype=quotient.type.dtype) / divisor
 
 
 def _is_zero(var: TensorVariable) -> bool:
@@ -405,6 +395,57 @@ def _terms_of_entries(op: IncSubtensor, zeros, value, indices, sizes: Sizes) -> 
     return None
 
 
+def _terms_of_reordered(
+    terms: Terms | None, zeros: TensorVariable, order: TensorVariable
+) -> Terms | None:
+    """Return the terms of zeros with columns added, the gradient of columns in another order."""
+    reordered: Terms = ()
+    for term in terms or ():
+        match term:
+            case LowRank(right=right, weights=None):
+                rows = pt.zeros((zeros.shape[1], right.shape[1]), dtype=right.type.dtype)
+                reordered += (replace(term, right=rows[order].inc(right)),)
+            case _:
+                return None
+    return None if terms is None else reordered
+
+
+def _terms_of_only_matrix(terms: Terms | None) -> Terms | None:
+    """Return the terms of the matrix in a batch of one."""
+
+    def first(batch: TensorVariable, core_ndim: int) -> TensorVariable:
+        return batch[(0,) * (batch.type.ndim - core_ndim)]
+
+    matrices: Terms = ()
+    for term in terms or ():
+        scales = tuple(first(scale, 0) for scale in term.scales)
+        match term:
+            case LowRank(left=left, right=right, weights=None):
+                matrices += (LowRank(first(left, 2), first(right, 2), scales=scales),)
+            case _:
+                return None
+    return None if terms is None else matrices
+
+
+def _terms_of_batch_sum(terms: Terms | None) -> Terms | None:
+    """Return the terms of a sum of matrices: ``sum_i U_i V_i' = [U_1 U_2 ...] [V_1 V_2 ...]'``."""
+
+    def side_by_side(batch: TensorVariable) -> TensorVariable:
+        return pt.join_dims(batch.transpose(1, 0, 2), start_axis=1, n_axes=2)
+
+    summed: Terms = ()
+    for term in terms or ():
+        match term:
+            case LowRank(left=left, right=right, weights=None) if (
+                left.type.ndim == right.type.ndim == 3
+                and left.type.broadcastable[0] == right.type.broadcastable[0]
+            ):
+                summed += (LowRank(side_by_side(scaled(left, term, 2)), side_by_side(right)),)
+            case _:
+                return None
+    return None if terms is None else summed
+
+
 def _column(value: TensorVariable, zeros: TensorVariable, axis: int) -> TensorVariable:
     """Return what a row or a column is set to, which may be one number for all, as a column."""
     if all(value.type.broadcastable):
@@ -457,7 +498,7 @@ def _terms_of_reshaped(var: TensorVariable, like: TensorVariable, sizes: Sizes) 
             return _scaled(_terms_of_reshaped(vector, like, sizes), minus_one)
         case (Elemwise(scalar_op=TrueDiv()), vector, scalar) if is_scalar(scalar):
             return _scaled(
-                _terms_of_reshaped(vector, like, sizes), _reciprocal(batch_scalar(scalar), core)
+                _terms_of_reshaped(vector, like, sizes), reciprocal(batch_scalar(scalar), core)
             )
         case (Dot() | Blockwise(core_op=Dot()) | Elemwise(scalar_op=Mul()), left, right):
             if is_scalar(left) != is_scalar(right):

@@ -156,7 +156,7 @@ def test_operations_of_a_product_with_a_matrix(output, dense, factorwise):
 
 
 def test_a_decomposition_that_dense_code_could_share_is_counted_once():
-    solve = [pt.linalg.solve(K, x), pt.linalg.solve(K, 2 * x)]
+    solve = [pt.linalg.solve(K, x), pt.linalg.solve(K, x**2)]
     logdet = pt.linalg.slogdet(K)[1]
     one, both = (pk.explain([*solve[:n], logdet]) for n in (1, 2))
     # One more solution costs 2 N^2, or 2 N sum n_i

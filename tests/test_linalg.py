@@ -6,7 +6,7 @@ import pytest
 from numpy.testing import assert_allclose
 
 from pymc_kron import linalg
-from pymc_kron.roots import Root
+from pymc_kron.roots import CholeskyRoot, EigenRoot, PrecisionRoot
 from tests.helpers import PY, dense_kron, random_spd
 
 
@@ -46,15 +46,30 @@ def test_aligned_signs_keep_the_product(signs):
     assert all(definite) == (np.prod(signs) == 1)
 
 
-@pytest.mark.parametrize("of_precision", [False, True])
-def test_roots(of_precision):
-    rng = np.random.default_rng(23)
-    sigma = random_spd(rng, 4)
-    factorised = np.linalg.inv(sigma) if of_precision else sigma
-    root = Root(pt.linalg.cholesky(pt.as_tensor(factorised)), of_precision=of_precision)
+def roots():
+    sigma = random_spd(np.random.default_rng(23), 4)
+    values, vectors = map(pt.as_tensor, np.linalg.eigh(sigma))
+    return sigma, {
+        "cholesky": CholeskyRoot(pt.linalg.cholesky(pt.as_tensor(sigma))),
+        "precision": PrecisionRoot(pt.linalg.cholesky(pt.as_tensor(np.linalg.inv(sigma)))),
+        "eigenvectors": EigenRoot(values, vectors),
+    }
+
+
+@pytest.mark.parametrize("name", ["cholesky", "precision", "eigenvectors"])
+def test_roots(name):
+    sigma, by_name = roots()
+    root = by_name[name]
     R = root.color(pt.eye(4)).eval(mode=PY)
     assert_allclose(R @ R.T, sigma, rtol=1e-10)
     assert_allclose(root.whiten(pt.as_tensor(R)).eval(mode=PY), np.eye(4), atol=1e-12)
+    unwhitened = root.unwhiten(root.whiten(pt.eye(4))).eval(mode=PY)
+    assert_allclose(unwhitened, np.linalg.inv(sigma), rtol=1e-10)
     assert_allclose(root.logdet.eval(mode=PY), np.linalg.slogdet(sigma)[1], rtol=1e-10)
     assert root.exists.eval(mode=PY)
-    assert not Root(pt.linalg.cholesky(-pt.eye(2))).exists.eval(mode=PY)
+
+
+def test_roots_that_do_not_exist():
+    assert not CholeskyRoot(pt.linalg.cholesky(-pt.eye(2))).exists.eval(mode=PY)
+    assert not PrecisionRoot(pt.linalg.cholesky(-pt.eye(2))).exists.eval(mode=PY)
+    assert not EigenRoot(pt.as_tensor([1.0, 0.0]), pt.eye(2)).exists.eval(mode=PY)

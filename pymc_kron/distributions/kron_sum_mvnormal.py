@@ -1,13 +1,14 @@
 """The multivariate normal whose covariance is a sum of Kronecker products that one basis fits.
 
-What ``pm.MvNormal`` with ``cov=kron(A, B) + s**2 * pt.eye(N)`` is turned into.
+What `KroneckerMvNormal` with noise is, and what ``pm.MvNormal`` with
+``cov=kron(A, B) + s**2 * pt.eye(N)`` is turned into.
 """
 
 import math
 
 import pytensor
 from pymc.distributions.dist_math import check_parameters
-from pymc.distributions.distribution import SymbolicRandomVariable
+from pymc.distributions.distribution import SymbolicRandomVariable, _support_point
 from pymc.distributions.moments.means import _mean
 from pymc.distributions.shape_utils import implicit_size_from_params, rv_size_is_none
 from pymc.logprob.abstract import _logprob
@@ -15,7 +16,9 @@ from pymc.pytensorf import normalize_rng_param
 from pytensor import tensor as pt
 from pytensor.tensor.random.utils import normalize_size_param
 
-from pymc_kron.kron_sum import KronSum, KronSumQuadratic, KronSumSLogDet, Layout
+from pymc_kron.distributions.arguments import check_value
+from pymc_kron.kron_sum import KronSum, Layout
+from pymc_kron.kron_sum_logp import KronSumLogp
 from pymc_kron.linalg import kron_matmul
 from pymc_kron.structure import column_sizes
 
@@ -38,9 +41,8 @@ class KronSumMvNormalRV(SymbolicRandomVariable):
         size = normalize_size_param(size)
         kron_sum = KronSum.from_inputs(layout, parts)
 
-        n_terms = len(kron_sum.scales)
         if rv_size_is_none(size):
-            ndims_params = [1, *(0 for _ in kron_sum.scales), *(2 for _ in parts[n_terms:])]
+            ndims_params = [1, *KronSum.core_ndims(layout)]
             size = implicit_size_from_params(mu, *parts, ndims_params=ndims_params)
         N = math.prod(column_sizes(kron_sum.signals))
         next_rng, z = pt.random.normal(size=(*size, N), rng=rng, return_next_rng=True)
@@ -49,7 +51,9 @@ class KronSumMvNormalRV(SymbolicRandomVariable):
 
         signals = [f"(n{i},n{i})" for i in range(len(kron_sum.signals))]
         metrics = [f"(n{i},n{i})" for i, has_metric in enumerate(layout.has_metric) if has_metric]
-        core_shapes = ",".join(["()"] * n_terms + signals + metrics)
+        eigenvalues = [f"(n{i})" for i, decomposed in enumerate(layout.is_decomposed) if decomposed]
+        scales = ["()" for _ in kron_sum.scales]
+        core_shapes = ",".join([*scales, *signals, *metrics, *eigenvalues])
         return cls(
             inputs=[rng, size, mu, *parts],
             outputs=[next_rng, draws.astype(dtype or pytensor.config.floatX)],
@@ -65,16 +69,12 @@ class KronSumMvNormalRV(SymbolicRandomVariable):
 def kron_sum_mvnormal_logp(op, values, rng, size, mu, *parts, **kwargs):
     [value] = values
     kron_sum = KronSum.from_inputs(op.layout, parts)
-    norm = KronSumQuadratic(layout=op.layout)(*parts, value - mu)
-    _, logdet = KronSumSLogDet(layout=op.layout)(*parts)
-    N = math.prod(column_sizes(kron_sum.signals))
-    return check_parameters(
-        -0.5 * norm - 0.5 * logdet - N * (0.5 * math.log(2 * math.pi)),
-        pt.all(pt.gt(kron_sum.basis().values, 0), axis=-1),
-        msg="posdef covariance",
-    )
+    check_value(value, op.output_types[1].shape, column_sizes(kron_sum.signals))
+    logp, exists = KronSumLogp(layout=op.layout)(*parts, value - mu)
+    return check_parameters(logp, exists, msg="posdef covariance")
 
 
 @_mean.register(KronSumMvNormalRV)
+@_support_point.register(KronSumMvNormalRV)
 def kron_sum_mvnormal_mean(op, rv, rng, size, mu, *parts):
     return pt.full_like(rv, mu)

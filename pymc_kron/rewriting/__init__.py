@@ -6,6 +6,11 @@ under the tag ``kron``. ``mode.excluding("kron")`` turns all of them off, and
 """
 
 # The order is the order of precedence
+from pymc_kron.rewriting.decomposition_gradient import (
+    inner_product_of_kron_decomposition,
+    pullback_of_kron_decomposition,
+)
+from pymc_kron.rewriting.noise_gradient import pullback_of_kron_sum_cholesky
 from pymc_kron.rewriting.gradient import pullback_of_kron
 from pymc_kron.rewriting.combinations import (
     diagonal_of_kron_sum,
@@ -36,11 +41,17 @@ from pymc_kron.rewriting.elementwise import div_of_kron, elemwise_of_kron, mul_o
 from pymc_kron.rewriting.reductions import frobenius_product_of_kron, sum_of_kron
 from pymc_kron.rewriting.indexing import diagonal_of_kron, subtensor_of_kron
 from pymc_kron.rewriting.selections import matmul_of_selected_kron
-from pymc_kron.rewriting.bundle import bundle_rewriter, kron_rewrites_db, register_bundle
+from pymc_kron.rewriting.bundle import (
+    as_written_rewrites_db,
+    bundle_rewriter,
+    kron_rewrites_db,
+    register_bundle,
+)
 
 register_bundle()
 
 __all__ = [
+    "as_written_rewrites_db",
     "bundle_rewriter",
     "cholesky_of_kron",
     "det_of_kron",
@@ -54,6 +65,7 @@ __all__ = [
     "expm_of_kron_sum",
     "frobenius_product_of_kron",
     "inner_product_of_kron",
+    "inner_product_of_kron_decomposition",
     "inv_of_kron",
     "inv_of_kron_sum",
     "kron_rewrites_db",
@@ -67,6 +79,8 @@ __all__ = [
     "pinv_of_kron",
     "pullback_of_diagonal_matrix",
     "pullback_of_kron",
+    "pullback_of_kron_decomposition",
+    "pullback_of_kron_sum_cholesky",
     "qr_of_kron",
     "solve_of_kron",
     "solve_of_kron_sum",

@@ -7,6 +7,9 @@ such walk: outputs first, so that a whole expression is seen before its parts, a
 in which the rewrites were added, so that a quadratic form is seen before the solve in it. It is
 repeated until nothing changes, so that an expression whose parts had to be rewritten first is
 seen again before PyTensor's own rewrites give it another form.
+
+A rewrite that compares a graph with what PyTensor would write itself comes before all phases, in a
+walk of its own.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -37,7 +40,11 @@ type Transform = Callable[[FunctionGraph, Apply], Replacement]
 
 PHASES = ("canonicalize", "stabilize")
 
+# Before PyTensor replaces operations by what they are made of
+POSITION_AS_WRITTEN = -0.02
+
 kron_rewrites_db = LocalGroupDB()
+as_written_rewrites_db = LocalGroupDB()
 
 
 def tags_of(name: str, *tags: str) -> tuple[str, ...]:
@@ -77,15 +84,26 @@ def recorded(tracks: Sequence) -> Callable[[Transform], NodeRewriter]:
     return decorate
 
 
-def register_kron(*tracks) -> Callable[[Transform], NodeRewriter]:
-    """Add a rewrite of the given operations to the bundle, under its own name and ``kron``."""
+def register_kron(
+    *tracks, db: LocalGroupDB = kron_rewrites_db, needs: Sequence[str] = ()
+) -> Callable[[Transform], NodeRewriter]:
+    """Add a rewrite of the given operations to the bundle, under its own name and ``kron``.
+
+    Parameters
+    ----------
+    *tracks
+        The operations.
+    db
+        `kron_rewrites_db`, or `as_written_rewrites_db` for a rewrite of what is still as PyTensor's
+        gradients wrote it.
+    needs
+        The names of rewrites without which this one would be wrong. It is turned off with them.
+    """
 
     def decorate(transform: Transform) -> NodeRewriter:
         name = transform.__name__
         rewriter = recorded(tracks)(transform)
-        kron_rewrites_db.register(
-            name, rewriter, *tags_of(name, "fast_run", "fast_compile", *PHASES)
-        )
+        db.register(name, rewriter, *tags_of(name, "fast_run", "fast_compile", *PHASES), *needs)
         return rewriter
 
     return decorate
@@ -159,20 +177,28 @@ class BundleWalk(GraphRewriter):
 
 
 class BundleDB(RewriteDatabase):
-    """Make a `BundleWalk` of the rewrites that a query selects."""
+    """Make a `BundleWalk` of the rewrites of a database that a query selects."""
+
+    def __init__(self, db: LocalGroupDB):
+        super().__init__()
+        self.db = db
 
     def query(self, *tags, **kwtags):
         """Return the walk with the selected rewrites."""
-        return BundleWalk(kron_rewrites_db.query(*tags, **kwtags))
+        return BundleWalk(self.db.query(*tags, **kwtags))
 
 
 def register_bundle() -> None:
     """Register the bundle in PyTensor's database of rewrites, in each of its phases."""
     for phase in PHASES:
         name = f"kron_{phase}"
-        optdb[phase].register(name, BundleDB(), *tags_of(name, "fast_run", "fast_compile"))
+        tags = tags_of(name, "fast_run", "fast_compile")
+        optdb[phase].register(name, BundleDB(kron_rewrites_db), *tags)
+    name = "kron_as_written"
+    tags = tags_of(name, "fast_run", "fast_compile")
+    optdb.register(name, BundleDB(as_written_rewrites_db), *tags, position=POSITION_AS_WRITTEN)
 
 
 def bundle_rewriter() -> GraphRewriter:
     """Return a rewriter that applies the bundle alone."""
-    return BundleDB().query("+kron")
+    return BundleDB(kron_rewrites_db).query("+kron")

@@ -7,7 +7,7 @@ from operator import mul
 from pytensor.tensor.variable import TensorVariable
 
 from pymc_kron.linalg import kron
-from pymc_kron.sizes import SizeProduct, axis_size
+from pymc_kron.sizes import SizeProduct, Sizes
 from pymc_kron.structure import Matrices, Refusal, is_empty
 
 SAME_SHAPE = [(-2, -2), (-1, -1)]
@@ -35,15 +35,16 @@ def conforming_factors(
     """
     if any(map(is_empty, (*left, *right))):
         raise Refusal("a factor is empty", "there is nothing to save")
-    left_sizes = _sizes_up_to(left, [axis for axis, _ in axes])
-    right_sizes = _sizes_up_to(right, [axis for _, axis in axes])
+    sizes = Sizes(*left, *right)
+    left_sizes = _sizes_up_to(left, [axis for axis, _ in axes], sizes)
+    right_sizes = _sizes_up_to(right, [axis for _, axis in axes], sizes)
 
     # How many factors of both there are up to each place where the sizes agree
     ends = [(0, 0)]
-    for i, sizes in enumerate(left_sizes, 1):
+    for i, up_to_here in enumerate(left_sizes, 1):
         start = ends[-1][1]
-        if sizes in right_sizes[start:]:
-            ends.append((i, right_sizes.index(sizes, start) + 1))
+        if up_to_here in right_sizes[start:]:
+            ends.append((i, right_sizes.index(up_to_here, start) + 1))
     if left_sizes[-1] != right_sizes[-1] or len(ends) < 3:
         raise Refusal(
             "the sizes of the factors of the two products aren't known to agree",
@@ -54,9 +55,11 @@ def conforming_factors(
     return [(kron(*left[i:k]), kron(*right[j:m])) for (i, j), (k, m) in pairwise(ends)]
 
 
-def _sizes_up_to(factors: Matrices, axes: Sequence[int]) -> list[tuple[SizeProduct, ...]]:
-    sizes = [tuple(axis_size(factor, axis) for axis in axes) for factor in factors]
-    return list(accumulate(sizes, lambda total, size: tuple(map(mul, total, size))))
+def _sizes_up_to(
+    factors: Matrices, axes: Sequence[int], sizes: Sizes
+) -> list[tuple[SizeProduct, ...]]:
+    each = [tuple(sizes.of(factor, axis) for axis in axes) for factor in factors]
+    return list(accumulate(each, lambda total, size: tuple(map(mul, total, size))))
 
 
 def refuse_overflow(K: TensorVariable, factors: Matrices, old_out: TensorVariable) -> None:

@@ -11,6 +11,7 @@ from pytensor import tensor as pt
 from pytensor.tensor.linalg.decomposition.eigen import Eigh, Eigvalsh
 from pytensor.tensor.rewriting.blockwise import blockwise_of
 
+from pymc_kron.kernels import eigh_of_finite
 from pymc_kron.linalg import kron, kron_of_vectors
 from pymc_kron.orders import reorder
 from pymc_kron.rewriting.bundle import as_replacement, register_kron
@@ -26,9 +27,13 @@ def eigvalsh_of_kron(fgraph, node):
     problems = _factor_problems(fgraph, node)
     if problems is None:
         return None
-    eigvalsh = partial(pt.linalg.eigvalsh, lower=node.op.core_op.lower)
-    values = kron_of_vectors([eigvalsh(*problem) for problem in problems])
-    return [as_replacement(node.out, pt.sort(values, axis=-1))]
+    lower = node.op.core_op.lower
+
+    def eigvalsh(*problem):
+        return [pt.linalg.eigvalsh(*problem, lower=lower)]
+
+    [w] = zip(*(eigh_of_finite(eigvalsh, *problem) for problem in problems), strict=True)
+    return [as_replacement(node.out, pt.sort(kron_of_vectors(w), axis=-1))]
 
 
 @register_kron(blockwise_of(Eigh))
@@ -42,7 +47,7 @@ def eigh_of_kron(fgraph, node):
         return None
     op = node.op.core_op
     eigh = partial(pt.linalg.eigh, lower=op.lower, driver=op.driver)
-    w, Q = zip(*(eigh(*problem) for problem in problems), strict=True)
+    w, Q = zip(*(eigh_of_finite(eigh, *problem) for problem in problems), strict=True)
     values = kron_of_vectors(w)
     order = pt.argsort(values, axis=-1)
     news = reorder(values, order, core_axis=-1), reorder(kron(*Q), order, core_axis=-1)

@@ -1,7 +1,10 @@
 """What a rewrite may take for granted about the factors of a positive definite product."""
 
+from collections.abc import Iterator
+
 import numpy as np
 from pytensor import tensor as pt
+from pytensor.graph.basic import Apply
 from pytensor.graph.fg import FunctionGraph
 from pytensor.tensor.elemwise import DimShuffle
 from pytensor.tensor.linalg.decomposition.cholesky import Cholesky
@@ -11,12 +14,14 @@ from pytensor.tensor.random.basic import MvNormalRV
 from pytensor.tensor.variable import TensorVariable
 
 from pymc_kron.linalg import with_aligned_signs
-from pymc_kron.roots import Root
+from pymc_kron.roots import CholeskyRoot, EigenRoot, IdentityRoot, PrecisionRoot, Root
 from pymc_kron.sizes import Sizes, is_provably_square
 from pymc_kron.structure import (
     Matrices,
+    eigendecomposition,
     gram_root,
     inverted_matrix,
+    is_identity,
     is_lower_triangular,
     is_positive_definite,
     is_symmetric,
@@ -86,15 +91,21 @@ def nan_unless_symmetric(fgraph: FunctionGraph, factor: TensorVariable) -> Tenso
 def root_of(fgraph: FunctionGraph, factor: TensorVariable) -> Root:
     """Return the root of a positive definite factor, from what it was computed from.
 
-    ``inv(Q)`` is served by the Cholesky factor of ``Q``, and ``L @ L.T`` by ``L`` itself.
+    ``inv(Q)`` is served by the Cholesky factor of ``Q``, ``L @ L.T`` by ``L`` itself, and
+    ``(Q * w) @ Q.T`` with a ``Q`` that is known to be orthogonal by ``Q`` and ``w``.
     """
+    if factor.type.ndim == 2 and is_identity(factor):
+        return IdentityRoot(factor)
     precision = inverted_matrix(factor)
     if precision is not None:
-        return Root(pt.linalg.cholesky(precision), of_precision=True)
+        return PrecisionRoot(pt.linalg.cholesky(precision))
     root = gram_root(factor)
     if root is not None and is_lower_triangular(fgraph, root):
-        return Root(root)
-    return Root(pt.linalg.cholesky(factor))
+        return CholeskyRoot(root)
+    decomposed = eigendecomposition(fgraph, factor)
+    if decomposed is not None:
+        return EigenRoot(*decomposed)
+    return CholeskyRoot(pt.linalg.cholesky(factor))
 
 
 def is_promised_symmetric(fgraph: FunctionGraph, var: TensorVariable) -> bool:
@@ -107,14 +118,15 @@ def is_promised_symmetric(fgraph: FunctionGraph, var: TensorVariable) -> bool:
     core, _ = strip_transposes(var)
     if is_symmetric(fgraph, core) or getattr(core.tag, "symmetric", False):
         return True
-    core.tag.symmetric = any(_promises_symmetry(client) for client in _clients(fgraph, core))
+    core.tag.symmetric = any(_promises_symmetry(client) for client in clients_of(fgraph, core))
     return core.tag.symmetric
 
 
-def _clients(fgraph, var):
+def clients_of(fgraph: FunctionGraph, var: TensorVariable) -> Iterator[Apply]:
+    """Yield the nodes that use a variable, itself or transposed and with axes added."""
     for client, _ in fgraph.clients.get(var, ()):
         if isinstance(client.op, DimShuffle):
-            yield from _clients(fgraph, client.outputs[0])
+            yield from clients_of(fgraph, client.outputs[0])
         else:
             yield client
 

@@ -13,6 +13,7 @@ from functools import cache
 
 from pytensor import tensor as pt
 from pytensor.compile.builders import OpFromGraph
+from pytensor.graph.op import Op
 from pytensor.tensor.blockwise import Blockwise
 from pytensor.tensor.linalg.products import KroneckerProduct
 
@@ -26,8 +27,7 @@ from pymc_kron.terms import contract, require_conforming, terms_of
 @register_kron(OpFromGraph, Blockwise)
 def pullback_of_kron(fgraph, node):
     """pullback of kron at G -> the sums of the terms of G over the blocks"""
-    core_op = getattr(node.op, "core_op", node.op)
-    if not _is_kron_pullback(core_op):
+    if not is_kron_pullback(node.op):
         return None
     A, B, K, G = node.inputs
     sizes = Sizes(A, B, K, G)
@@ -54,7 +54,9 @@ def pullback_of_kron(fgraph, node):
     return news
 
 
-def _is_kron_pullback(op) -> bool:
+def is_kron_pullback(op: Op) -> bool:
+    """Whether an operation is PyTensor's pullback of kron, or a batch of it."""
+    op = getattr(op, "core_op", op)
     if not isinstance(op, OpFromGraph) or len(op.inner_inputs) != 4 or len(op.inner_outputs) != 2:
         return False
     types = tuple(op.input_types)

@@ -6,9 +6,6 @@ made for, the norm of a whitened vector and the log-determinant, it has.
 """
 
 from pytensor import tensor as pt
-from pytensor.compile.mode import optdb
-from pytensor.compile.rewriting import inline_ofg_node
-from pytensor.graph.rewriting.basic import node_rewriter
 from pytensor.scalar.basic import GT, Log
 from pytensor.tensor.basic import ExtractDiag
 from pytensor.tensor.blockwise import Blockwise
@@ -19,24 +16,24 @@ from pytensor.tensor.linalg.solvers.general import Solve
 from pytensor.tensor.linalg.solvers.psd import CholeskySolve
 from pytensor.tensor.linalg.solvers.triangular import SolveTriangular
 from pytensor.tensor.linalg.summary import Det
-from pytensor.tensor.math import All, Dot, Sum
+from pytensor.tensor.math import All, Dot, Sum, variadic_mul
 from pytensor.tensor.rewriting.blockwise import blockwise_of
 from pytensor.tensor.rewriting.linalg.utils import clients_through_expand_dims
 from pytensor.tensor.variable import TensorVariable
 
-from pymc_kron.kron_sum import KronSum, KronSumOp, KronSumQuadratic, KronSumSLogDet, KronSumSolve
+from pymc_kron.kron_sum import Basis, KronSum, KronSumQuadratic, KronSumSLogDet, KronSumSolve
 from pymc_kron.linalg import kron
 from pymc_kron.rewriting.bundle import as_replacement, register_kron
 from pymc_kron.rewriting.determinant import replacements_of_det
 from pymc_kron.rewriting.quadratic import quadratic_form_in, squared_norm_of
 from pymc_kron.rewriting.sums import kron_sum_of
-from pymc_kron.structure import inverted_matrix, is_empty, strip_transposes
+from pymc_kron.structure import inverted_matrix, is_empty, split_scalars, strip_transposes
 
 
 @register_kron(blockwise_of(Solve | CholeskySolve | SolveTriangular), Dot, blockwise_of(Dot))
 def solve_of_kron_sum(fgraph, node):
     """solve(M, b) -> P ((P' b) / Lambda), also cho_solve and inv(M) @ b"""
-    M, b, b_ndim, definite = _system_solved_by(node)
+    M, b, b_ndim, definite, scales = _system_solved_by(node)
     if M is None or is_empty(b):
         return None
     kron_sum = kron_sum_of(fgraph, M)
@@ -44,7 +41,8 @@ def solve_of_kron_sum(fgraph, node):
         return None
     [old_out] = node.outputs
     op = KronSumSolve(layout=kron_sum.layout, definite=definite)
-    return [as_replacement(old_out, _solution(op, kron_sum, b.astype(old_out.type.dtype), b_ndim))]
+    solution = _solution(op, kron_sum, b.astype(old_out.type.dtype), b_ndim)
+    return [as_replacement(old_out, variadic_mul(*scales, solution))]
 
 
 @register_kron(blockwise_of(Solve | SolveTriangular))
@@ -54,8 +52,9 @@ def whitened_norm_of_kron_sum(fgraph, node):
         case Solve(assume_a=assume_a, b_ndim=1):
             M, form = node.inputs[0], quadratic_form_in(fgraph, node)
             definite = assume_a == "pos"
-        case SolveTriangular(b_ndim=1, lower=lower):
-            M = _factorized_by(node.inputs[0], lower=lower)
+        case SolveTriangular(b_ndim=1, lower=True):
+            # With R' R = M, |inv(R) x|^2 is another number
+            M = factorized_by(node.inputs[0], lower=True)
             form = squared_norm_of(fgraph, node)
             definite = True
         case _:
@@ -125,49 +124,44 @@ def inv_of_kron_sum(fgraph, node):
     if kron_sum is None:
         return None
     basis = kron_sum.basis()
+    return [as_replacement(node.out, inverse_of(basis, basis.values))]
+
+
+def inverse_of(basis: Basis, values: TensorVariable) -> TensorVariable:
+    """Return ``P diag(1 / Lambda) P'``, as a graph in which the terms are seen."""
     vectors = kron(*basis.vectors)
-    [old_out] = node.outputs
-    return [as_replacement(old_out, (vectors / basis.values[..., None, :]) @ vectors.mT)]
-
-
-@node_rewriter([KronSumOp])
-def inline_kron_sum(fgraph, node):
-    """The operations on one sum -> what they compute, which they share: one eigh an axis"""
-    return inline_ofg_node(node)
-
-
-# After the gradient, which goes through the operations, not through the eigenvectors in them
-optdb["specialize"].register("inline_kron_sum", inline_kron_sum, "fast_run", "fast_compile")
+    return (vectors / values[..., None, :]) @ vectors.mT
 
 
 def _system_solved_by(node):
     """Return the matrix and the right-hand side, and the number of its core dimensions.
 
-    And whether the matrix is taken to be positive definite.
+    And whether the matrix is taken to be positive definite, and scalars to multiply with.
     """
     left, right = node.inputs
     match getattr(node.op, "core_op", node.op):
         case Solve(assume_a=assume_a, b_ndim=b_ndim):
-            return left, right, b_ndim, assume_a == "pos"
+            return left, right, b_ndim, assume_a == "pos", ()
         case CholeskySolve(lower=lower, b_ndim=b_ndim):
-            return _factorized_by(left, lower=lower), right, b_ndim, True
-        case SolveTriangular(lower=lower, b_ndim=b_ndim):
-            # R' (R x) = M x with R' R = M
-            match right.owner_op_and_inputs:
-                case (Blockwise(core_op=SolveTriangular() as inner), outer_chol, b) if (
-                    inner.lower != lower and inner.b_ndim == b_ndim
+            return factorized_by(left, lower=lower), right, b_ndim, True, ()
+        case SolveTriangular(lower=False, b_ndim=b_ndim):
+            # inv(M) = inv(L') inv(L). The gradient in x of |inv(L) x|^2 has a 2 in between
+            whitened, scales = split_scalars(right, b_ndim)
+            match whitened.owner_op_and_inputs:
+                case (Blockwise(core_op=SolveTriangular(lower=True) as inner), chol, b) if (
+                    inner.b_ndim == b_ndim
                 ):
-                    M = _factorized_by(outer_chol, lower=inner.lower)
-                    if M is not None and M is _factorized_by(left.mT, lower=inner.lower):
-                        return M, b, b_ndim, True
+                    M = factorized_by(chol, lower=True)
+                    if M is not None and M is factorized_by(left.mT, lower=True):
+                        return M, b, b_ndim, True, scales
         case Dot():
             inverted = inverted_matrix(left)
             if inverted is not None:
-                return inverted, right, 2, False
-    return None, None, None, False
+                return inverted, right, 2, False, ()
+    return None, None, None, False, ()
 
 
-def _factorized_by(chol: TensorVariable, *, lower: bool) -> TensorVariable | None:
+def factorized_by(chol: TensorVariable, *, lower: bool) -> TensorVariable | None:
     """Return ``M`` if a matrix is its Cholesky factor of that kind, or None."""
     core, transposed = strip_transposes(chol)
     match core.owner_op_and_inputs:

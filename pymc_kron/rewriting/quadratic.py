@@ -14,10 +14,17 @@ from pytensor.tensor.math import Dot, Sum
 from pytensor.tensor.rewriting.blockwise import blockwise_of
 from pytensor.tensor.variable import TensorVariable
 
-from pymc_kron.linalg import factors_batch_ndim, sum_of_squares
+from pymc_kron.linalg import apply_to_vectors, factors_batch_ndim
 from pymc_kron.rewriting.bundle import as_replacement, register_kron
 from pymc_kron.rewriting.facts import positive_definite_factors, root_of
-from pymc_kron.structure import column_sizes, is_empty, square_kron_factors, strip_transposes
+from pymc_kron.structure import (
+    column_sizes,
+    is_empty,
+    is_scalar,
+    split_scalars,
+    square_kron_factors,
+    strip_transposes,
+)
 
 
 @register_kron(blockwise_of(OpPattern(Solve, assume_a="pos", b_ndim=1)))
@@ -37,10 +44,10 @@ def whitened_norm_of_kron_solve(fgraph, node):
 
     sizes = column_sizes(factors)
     roots = [root_of(fgraph, factor) for factor in positive_definite_factors(fgraph, factors)]
-    norms = sum_of_squares(
-        [root.whiten for root in roots], sizes, b, batch_ndim=factors_batch_ndim(factors)
+    whitened = apply_to_vectors(
+        [root.whiten for root in roots], sizes, sizes, b, batch_ndim=factors_batch_ndim(factors)
     )
-    return form.replaced_by(norms)
+    return form.replaced_by((whitened**2).sum(axis=-1))
 
 
 @dataclass(frozen=True)
@@ -63,7 +70,7 @@ class Form:
 
     def replaced_by(self, norms: TensorVariable) -> dict[Variable, Variable]:
         """Return the replacement of the form, given the norm or the form of each vector."""
-        total = norms.sum(axis=self.batch_axes)
+        total = norms.sum(axis=self.batch_axes) if self.batch_axes else norms
         for scale in self.scales:
             total = scale.squeeze() * total
         return {self.out: as_replacement(self.out, total)}
@@ -141,22 +148,16 @@ def _uses(fgraph, var, scales=()):
 
 def _without_scalars(var):
     """Split a scalar multiple of a vector, with axes added, into the vector and the scalars."""
-    match var.owner_op_and_inputs:
+    core, scales = split_scalars(var, var.type.ndim)
+    match core.owner_op_and_inputs:
         case (DimShuffle(is_expand_dims=True), inner):
-            return _without_scalars(inner)
-        case (Elemwise(scalar_op=Neg()), inner):
-            core, scales = _without_scalars(inner)
-            return core, (*scales, pt.constant(-1.0))
-        case (Elemwise(scalar_op=Mul()), *inputs):
-            vectors = [inp for inp in inputs if not _is_number(inp)]
-            if len(vectors) == 1:
-                core, scales = _without_scalars(vectors[0])
-                return core, (*scales, *(inp for inp in inputs if _is_number(inp)))
-    return var, ()
+            vector, others = _without_scalars(inner)
+            return vector, (*scales, *others)
+    return core, tuple(scales)
 
 
 def _is_number(var):
-    return all(var.type.broadcastable)
+    return is_scalar(var, var.type.ndim)
 
 
 def _sum_over_vectors(fgraph, products, vectors, scales):

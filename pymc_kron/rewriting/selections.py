@@ -4,6 +4,8 @@ A product with some rows or columns of a Kronecker product, in any order, such a
 eigenvectors, or with rows or columns multiplied, ``(K diag(w)) X = K (w X)``.
 """
 
+from math import prod
+
 from pytensor import tensor as pt
 from pytensor.scalar.basic import Mul, TrueDiv
 from pytensor.tensor.elemwise import Elemwise
@@ -12,7 +14,7 @@ from pytensor.tensor.rewriting.blockwise import blockwise_of
 from pytensor.tensor.subtensor import AdvancedSubtensor, Subtensor, indices_from_subtensor
 
 from pymc_kron.rewriting.bundle import as_replacement, register_kron
-from pymc_kron.structure import kron_factors, strip_transposes
+from pymc_kron.structure import column_sizes, kron_factors, row_sizes, strip_transposes
 
 
 @register_kron(Dot, blockwise_of(Dot))
@@ -67,7 +69,9 @@ def _product_of_selection(K, op_indices, X, transposed):
     if transposed:
         rows, columns = columns, rows
     if columns != slice(None):
-        n_columns = K.shape[0 if transposed else 1]
+        # From the factors: the shape of the product would hold the product
+        factors = kron_factors(K) or (K,)
+        n_columns = prod(row_sizes(factors) if transposed else column_sizes(factors))
         zeros = pt.zeros((*tuple(X.shape)[:-2], n_columns, X.shape[-1]), dtype=X.type.dtype)
         # A column that is selected twice gets the sum
         X = zeros[..., columns, :].inc(X)

@@ -7,6 +7,7 @@ from pytensor.tensor.linalg.solvers.core import SolveBase
 from pytensor.tensor.linalg.solvers.general import Solve
 from pytensor.tensor.linalg.solvers.psd import CholeskySolve
 from pytensor.tensor.linalg.solvers.triangular import SolveTriangular
+from pytensor.tensor.math import variadic_mul
 from pytensor.tensor.rewriting.blockwise import blockwise_of
 
 from pymc_kron.linalg import kron, kron_solve
@@ -17,6 +18,7 @@ from pymc_kron.structure import (
     Refusal,
     is_empty,
     kron_factors,
+    split_scalars,
     square_kron_factors,
     strip_transposes,
 )
@@ -33,13 +35,17 @@ def solve_of_kron(fgraph, node):
     a unit diagonal has factors with diagonals c and 1 / c: their own diagonals are used.
 
     With another product on the right, ``solve(A (x) B, C (x) D) -> solve(A, C) (x) solve(B, D)``,
-    and with an outer product, ``solve(K, u v') -> solve(K, u) v'``.
+    and with an outer product, ``solve(K, u v') -> solve(K, u) v'``. Scalars are taken out,
+    ``solve(K, c b) -> c solve(K, b)``: gradients have some there, and share the solution then.
     """
     K, b = node.inputs
     [old_out] = node.outputs
     factors = square_kron_factors(K)
     if factors is None or is_empty(b):
         return None
+    core, scales = split_scalars(b, node.op.core_op.b_ndim)
+    if scales and kron_factors(core) is None:
+        return [as_replacement(old_out, variadic_mul(*scales, node.op(K, core)))]
     is_complex = K.type.numpy_dtype.kind == "c"
     # A single column is an outer product too, of itself and a one
     is_vector = node.op.core_op.b_ndim == 1 or b.type.broadcastable[-1]

@@ -331,26 +331,6 @@ def test_batches_of_factors(name, factor_shapes, x_shape):
 # What stays dense
 
 
-@pytest.mark.parametrize(
-    "loss",
-    [
-        lambda K, v: (pt.linalg.cholesky(K) @ v.x**3).sum(),
-        lambda K, v: pt.linalg.eigvalsh(K)[3],
-    ],
-    ids=["cholesky", "eigvalsh"],
-)
-def test_gradients_through_decompositions_stay_dense_and_the_journal_says_why(loss):
-    values = values_for("A (x) B", definite=True)
-    variables = variables_for(values, static=True)
-    gradient = gradient_of(loss, "A (x) B", pt.linalg.kron, variables)
-    function = compile_py(list(variables.values()), gradient)
-    results = function(*values.values())
-    expected = dense_gradient("A (x) B", loss, variables, values)
-    for result, other in zip(results, expected, strict=True):
-        assert_allclose(result, other, rtol=1e-9, atol=1e-11 * np.abs(other).max())
-    assert "isn't a sum of outer products" in last_refusal(function)
-
-
 def test_gradients_through_singular_values_are_right():
     # Singular vectors come in the order of the singular values, and in another one from the factors
     values = values_for("A (x) B", definite=False)

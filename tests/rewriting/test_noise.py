@@ -468,23 +468,6 @@ def test_gradients(name, when):
         assert largest_computed_size([*variables, x_var], outputs, values, mode=PY) < n * n
 
 
-def test_gradient_of_a_cholesky_factor():
-    """Taken first, it holds that of the Cholesky factor, which has no factorwise form."""
-    variables, x_var = symbols(static=True), pt.tensor("x", shape=(N,))
-    values = [*arrays_of(definite=True), np.linspace(-1, 1, N)]
-    wrt, densities = [*variables[:2], variables[-1], x_var], {}
-    for name, product in (("kron", pt.linalg.kron), ("dense", symbolic_dense_kron)):
-        M = WITH_NOISE["eye(int)"](product, *variables)
-        logdet = pt.log(pt.diagonal(pt.linalg.cholesky(M))).sum()
-        densities[name] = -0.5 * (whitened(M, x_var) ** 2).sum() - logdet
-    inputs = [*variables, x_var]
-    expected = compile_py(inputs, pt.grad(densities["dense"], wrt))(*values)
-    for value in (densities["kron"], rewrite_pregrad(densities["kron"])):
-        outputs = pt.grad(value, wrt)
-        assert_gradients_agree(compile_py(inputs, outputs)(*values), expected, 1e-9)
-    assert largest_computed_size(inputs, outputs, values, mode=PY) < N * N
-
-
 DEGENERATE = {
     "identity": lambda n: np.eye(n),
     "compound symmetry": lambda n: 0.6 * np.eye(n) + 0.4,
@@ -705,6 +688,22 @@ def test_not_positive_definite_fails_like_a_cholesky_solve():
     function, dense = compile_py(inputs, outputs), compile_py(inputs, outputs, mode=WITHOUT_KRON)
     for compiled in (dense, function):
         assert [np.isnan(result).all() for result in compiled(*values)] == [True] * 5
+
+
+def test_an_upper_factor_does_not_whiten():
+    """With R' R = M, |inv(R) x|^2 is not x' inv(M) x, and inv(R') inv(R) isn't inv(M)."""
+    variables, arrays = symbols(), arrays_of(definite=True)
+    x = pt.dvector("x")
+    R = pt.linalg.cholesky(WITH_NOISE["eye(int)"](pt.linalg.kron, *variables), lower=False)
+    w = pt.linalg.solve_triangular(R, x, lower=False)
+    outputs = [(w**2).sum(), pt.linalg.solve_triangular(R.mT, w, lower=True)]
+    function = compile_py([*variables, x], outputs)
+    assert has_kron(function.maker.fgraph)
+    M = np.kron(*arrays[:2]) + arrays[-1] * np.eye(N)
+    L = np.linalg.cholesky(M)
+    norm, solution = function(*arrays, np.ones(N))
+    assert_allclose(solution, np.linalg.solve(L.T @ L, np.ones(N)), rtol=1e-10)
+    assert_allclose(norm, solution.sum(), rtol=1e-10)
 
 
 def test_refuses_complex_factors():

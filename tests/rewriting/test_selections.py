@@ -2,8 +2,10 @@ import numpy as np
 import pytensor.tensor as pt
 import pytest
 from numpy.testing import assert_allclose
+from pytensor.graph.fg import FunctionGraph
 from pytensor.tensor.subtensor import AdvancedSubtensor
 
+from pymc_kron.rewriting import bundle_rewriter
 from tests.helpers import (
     WITHOUT_KRON,
     compile_py,
@@ -121,3 +123,11 @@ def test_a_selection_of_something_else_is_no_business_of_the_bundle():
     fgraph = compile_py([A, x], A[:, np.array([1, 3, 0])] @ x).maker.fgraph
     assert not hasattr(fgraph, "kron_journal")
     assert count_ops(fgraph, AdvancedSubtensor) == 1
+
+
+def test_the_shape_of_the_product_is_not_used():
+    # Rewrites of PyTensor's replace shapes in some phases only
+    A, B, x = pt.dmatrix("A"), pt.dmatrix("B"), pt.dvector("x")
+    fgraph = FunctionGraph([A, B, x], [pt.linalg.kron(A, B)[:, ::-1] @ x], clone=True)
+    bundle_rewriter().rewrite(fgraph)
+    assert not has_kron(fgraph)

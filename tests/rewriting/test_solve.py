@@ -484,3 +484,20 @@ def test_complex_cho_solve_with_a_transposed_factor(lower):
     K = C @ C.conj().T if lower else C.conj().T @ C
     solution = pt.linalg.cho_solve((kron(*factors).T, lower), b_var)
     check(solution, factors, arrays, b_var, b, np.linalg.solve(K, b))
+
+
+@pytest.mark.parametrize("multiple", [lambda c, b: -c * b, lambda c, b: b / c, lambda c, b: b + b])
+def test_solutions_for_multiples_of_one_vector_are_shared(multiple):
+    rng = np.random.default_rng(4)
+    values = [random_spd(rng, 3), random_spd(rng, 2), np.array(1.7), rng.normal(size=6)]
+    A, B, c, b = inputs = [pt.dmatrix("A"), pt.dmatrix("B"), pt.dscalar("c"), pt.dvector("b")]
+    K = pt.linalg.kron(A, B)
+    outputs = [pt.linalg.solve(K, v, assume_a="pos") for v in (b, multiple(c, b))]
+    function = compile_py(inputs, outputs)
+    assert not has_kron(function.maker.fgraph)
+    assert count_ops(function.maker.fgraph, CholeskySolve) == 2
+    solution = np.linalg.solve(dense_kron(*values[:2]), values[3])
+    for result, other in zip(
+        function(*values), (solution, multiple(values[2], solution)), strict=True
+    ):
+        assert_allclose(result, other, rtol=1e-10)

@@ -1,0 +1,276 @@
+"""The arguments of the distributions: reading them, and telling what is wrong with them."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import pytensor
+from pytensor import tensor as pt
+from pytensor.compile.mode import Mode
+from pytensor.compile.sharedvalue import SharedVariable
+from pytensor.graph.basic import Constant, Variable
+from pytensor.graph.traversal import graph_inputs
+from pytensor.tensor import TensorLike
+from pytensor.tensor.variable import TensorVariable
+
+from pymc_kron.factors import Factor, Form
+from pymc_kron.kron_sum import KronSum, Layout
+from pymc_kron.structure import Size, is_provably_not_square
+
+FORMS: tuple[Form, ...] = ("cov", "chol", "tau", "evd")
+
+
+def read_factors(covs, chols, taus, evds, *, lower: bool) -> list[Factor]:
+    """Return the factors, after checking that what describes each of them is clear."""
+    lists: dict[Form, Sequence] = {}
+    for form, matrices in zip(FORMS, (covs, chols, taus, evds), strict=True):
+        if matrices is not None:
+            entry = "pair of eigenvalues and eigenvectors" if form == "evd" else "matrix"
+            example = "(w, Q)" if form == "evd" else "K"
+            lists[form] = _read_list(f"{form}s", matrices, entry, example)
+
+    if not any(map(len, lists.values())):
+        raise ValueError(
+            "KroneckerMvNormal has no factors: pass their covariances (covs), Cholesky factors "
+            "(chols), precisions (taus) or eigenvalues and eigenvectors (evds), for example "
+            "covs=[K_space, K_time]."
+        )
+    if len({len(matrices) for matrices in lists.values()}) > 1:
+        lengths = [f"len({form}s) = {len(matrices)}" for form, matrices in lists.items()]
+        raise ValueError(
+            "covs, chols, taus and evds must have one entry a factor each, with None where "
+            f"another list describes the factor, got {', '.join(lengths)}."
+        )
+
+    factors = []
+    for i, entries in enumerate(zip(*lists.values(), strict=True)):
+        described = {
+            form: entry for form, entry in zip(lists, entries, strict=True) if entry is not None
+        }
+        if len(described) != 1:
+            given = " and ".join(f"{form}s[{i}]" for form in described)
+            raise ValueError(
+                f"Factor {i} needs exactly one of covs, chols, taus and evds, got "
+                f"{given or 'none'}. Put None in the lists that don't describe it."
+            )
+        [(form, entry)] = described.items()
+        factors.append(_read_factor(form, f"{form}s[{i}]", entry, lower=lower))
+    return factors
+
+
+def _read_list(name: str, entries: Any, entry: str, example: str) -> Sequence:
+    if isinstance(entries, list | tuple):
+        return entries
+    shape = getattr(getattr(entries, "type", entries), "shape", None)
+    raise TypeError(
+        f"{name} must be a list or tuple with one {entry} a factor, got a single "
+        f"{type(entries).__name__}{'' if shape is None else f' of shape {shape}'}. "
+        f"Wrap it in a list if there is only one factor: {name}=[{example}]."
+    )
+
+
+def _read_factor(form: Form, name: str, entry: Any, *, lower: bool) -> Factor:
+    if form != "evd":
+        factor = _read_square_matrix(name, entry)
+        return Factor(form, (factor.mT if form == "chol" and not lower else factor,))
+    if not isinstance(entry, list | tuple) or len(entry) != 2:
+        got = f"{len(entry)} entries" if isinstance(entry, list | tuple) else type(entry).__name__
+        raise TypeError(
+            f"{name} must be a pair (w, Q) of eigenvalues (n,) and eigenvectors (n, n), as "
+            f"numpy.linalg.eigh returns it, got {got}."
+        )
+    values, vectors = entry
+    values = _read_real(f"{name}[0]", values)
+    vectors = _read_square_matrix(f"{name}[1]", vectors)
+    sizes = {values.type.shape[-1] if values.type.ndim else 0, vectors.type.shape[-1]}
+    if len(sizes - {None}) > 1:
+        raise ValueError(
+            f"The eigenvalues {name}[0] must be as many as the eigenvectors {name}[1] are, got "
+            f"shapes {_show(values.type.shape)} and {_show(vectors.type.shape)}."
+        )
+    return Factor(form, (values, vectors))
+
+
+def _read_square_matrix(name: str, matrix: TensorLike) -> TensorVariable:
+    factor = _read_real(name, matrix)
+    if factor.type.ndim < 2 or is_provably_not_square(factor):
+        raise ValueError(
+            f"{name} must be a square matrix of shape (n, n), or a batch of them of shape "
+            f"(..., n, n), got shape {_show(factor.type.shape)}."
+        )
+    return factor
+
+
+def _read_real(name: str, value: TensorLike) -> TensorVariable:
+    tensor = pt.as_tensor_variable(value)
+    if tensor.type.numpy_dtype.kind in "biu":
+        tensor = tensor.astype(pytensor.config.floatX)
+    if tensor.type.numpy_dtype.kind != "f":
+        raise ValueError(f"{name} must be real, got dtype {tensor.type.dtype}.")
+    return tensor
+
+
+def read_noise(
+    factors: Sequence[Factor], sigma: TensorLike | None, noise_covs: Any
+) -> KronSum | None:
+    """Return the covariance of factors with noise, or None if there is no noise.
+
+    Parameters
+    ----------
+    factors
+        What the noise is added to.
+    sigma
+        The standard deviation of independent noise, ``(...)``.
+    noise_covs
+        For each factor, the covariance of the noise along its axis: a matrix, the diagonal of
+        one, a multiple of the identity, or None for the identity.
+    """
+    if sigma is None and noise_covs is None:
+        return None
+    if sigma is not None and noise_covs is not None:
+        raise ValueError(
+            "sigma and noise_covs can't be given together: no one basis fits the three terms "
+            "K + D_1 (x) ... (x) D_d + sigma^2 I. Leave one of them out."
+        )
+    sizes = [factor.size for factor in factors]
+    if sigma is not None:
+        scale, metrics = _read_sigma(sigma, sizes) ** 2, [None for _ in sizes]
+    else:
+        scale, metrics = _read_noise_covs(noise_covs, sizes)
+
+    signals, eigenvalues = [], []
+    for factor in factors:
+        match factor.form:
+            case "evd":
+                values, vectors = factor.parts
+                signals.append(vectors)
+                eigenvalues.append(values)
+            case _:
+                signals.append(factor.covariance())
+    layout = Layout(
+        uses_signal=((True,) * len(sizes), (False,) * len(sizes)),
+        has_metric=tuple(metric is not None for metric in metrics),
+        is_decomposed=tuple(factor.form == "evd" for factor in factors),
+    )
+    one = pt.ones((), dtype=scale.type.dtype)
+    own_metrics = [metric for metric in metrics if metric is not None]
+    return KronSum(layout, [one, scale], signals, own_metrics, eigenvalues)
+
+
+def _read_sigma(sigma: TensorLike, sizes: Sequence[Size]) -> TensorVariable:
+    sigma = _read_real("sigma", sigma)
+    N = math.prod(sizes)
+    length = _current_length(sigma.shape[-1]) if sigma.type.ndim else None
+    if isinstance(N, int) and N > 1 and length == N:
+        raise ValueError(
+            f"sigma must be one standard deviation for all cells, or one for each entry of a "
+            f"batch, got shape {_show(sigma.type.shape)}, one for each of the N = "
+            f"{_show_product(sizes)} cells. What exists instead is noise with a covariance of its "
+            "own along each axis, noise_covs=[d_1, ...] with the variances d_i of the levels of "
+            "axis i; or independent noise in the likelihood, pm.Normal(mu=field, sigma=sigma) of "
+            "a latent KroneckerMvNormal field."
+        )
+    return sigma
+
+
+def _read_noise_covs(
+    noise_covs: Any, sizes: Sequence[Size]
+) -> tuple[TensorVariable, list[TensorVariable | None]]:
+    """Return the scalar and the matrices that the noise covariance is the product of."""
+    noise_covs = _read_list("noise_covs", noise_covs, "covariance", "D")
+    if len(noise_covs) != len(sizes):
+        raise ValueError(
+            f"noise_covs must have one entry for each of the {len(sizes)} factors, got "
+            f"{len(noise_covs)}: a matrix (n, n), the diagonal (n,) of one, a number for a "
+            "multiple of the identity, or None for the identity."
+        )
+    scale = pt.ones((), dtype=pytensor.config.floatX)
+    metrics: list[TensorVariable | None] = []
+    for i, (entry, size) in enumerate(zip(noise_covs, sizes, strict=True)):
+        if entry is None:
+            metrics.append(None)
+            continue
+        name = f"noise_covs[{i}]"
+        cov = _read_real(name, entry)
+        if cov.type.ndim == 0:
+            scale = scale * cov
+            metrics.append(None)
+            continue
+        lengths = {size, *cov.type.shape[-2:]}
+        if len({length for length in lengths if isinstance(length, int)}) > 1:
+            raise ValueError(
+                f"{name} must be a matrix ({size}, {size}), the diagonal ({size},) of one, a "
+                f"number or None, to fit factor {i}, got shape {_show(cov.type.shape)}."
+            )
+        metrics.append(pt.diag(cov) if cov.type.ndim == 1 else cov)
+    return scale, metrics
+
+
+def read_mu(mu: TensorLike, sizes: Sequence[Size]) -> TensorVariable:
+    """Return the mean, after checking its length."""
+    mu = pt.atleast_1d(pt.as_tensor_variable(mu))
+    if mu.type.numpy_dtype.kind == "c":
+        raise ValueError(f"mu must be real, got dtype {mu.type.dtype}.")
+    check_length("mu", mu, sizes, broadcasts=True)
+    return mu
+
+
+def check_length(
+    name: str, vector: TensorVariable, sizes: Sequence[Size], *, broadcasts: bool = False
+) -> None:
+    """Check that a vector is as long as the grid has cells."""
+    N, length = math.prod(sizes), vector.type.shape[-1]
+    if isinstance(N, int) and length not in ((None, 1, N) if broadcasts else (None, N)):
+        raise ValueError(
+            f"The last dimension of {name} must be {'1 or ' if broadcasts else ''}"
+            f"N = {_show_product(sizes)}, the number of cells of the grid, "
+            f"got {name} of shape {_show(vector.type.shape)}."
+        )
+
+
+def check_value(value: TensorVariable, shape: Sequence[int | None], sizes: Sequence[Size]) -> None:
+    """Check the length of a value, and its batch shape against that of the variable."""
+    check_length("value", value, sizes)
+    batches = zip(reversed(value.type.shape[:-1]), reversed(shape[:-1]), strict=False)
+    if any(None not in sizes and 1 not in sizes and len(set(sizes)) > 1 for sizes in batches):
+        raise ValueError(
+            f"A value of shape {_show(value.type.shape)} doesn't broadcast against a variable of "
+            f"shape {_show(shape)}. The size of the variable, and the batch dimensions of its "
+            "parameters, must be those of the observations."
+        )
+
+
+def check_shape(shape, sizes: Sequence[Size]) -> None:
+    """Check the last entry of ``shape``, which may come from observed data or dims."""
+    known = [size for size in map(_current_length, sizes) if size is not None]
+    if not isinstance(shape, int | list | tuple) or len(known) < len(sizes):
+        return
+    shape = [shape] if isinstance(shape, int) else shape
+    length = _current_length(shape[-1]) if shape else "()"
+    if length not in (None, math.prod(known)):
+        raise ValueError(
+            f"The last dimension of shape, dims or observed must be N = {_show_product(known)}, "
+            f"the number of cells of the grid, got {length}. A grid of observations goes in as "
+            "observed=grid.ravel(), with the first factor's axis first."
+        )
+
+
+def _current_length(length) -> int | None:
+    """Return a length that is known or that data and coords have now."""
+    if not isinstance(length, Variable):
+        return int(length)
+    if length.type.ndim or not all(
+        isinstance(inp, Constant | SharedVariable) for inp in graph_inputs([length])
+    ):
+        return None
+    return int(length.eval(mode=Mode(linker="py", optimizer=None)))
+
+
+def _show(shape: Sequence[int | None]) -> str:
+    sizes = ["?" if size is None else str(size) for size in shape]
+    return f"({', '.join(sizes)}{',' if len(sizes) == 1 else ''})"
+
+
+def _show_product(sizes: Sequence[Size]) -> str:
+    product = " * ".join(map(str, sizes))
+    return product if len(sizes) == 1 else f"{product} = {math.prod(sizes)}"

@@ -1,0 +1,212 @@
+"""Gradients through a decomposition of ``A (x) B``, by those through the ones of A and B.
+
+The gradient in a product, through its Cholesky factor ``L`` for example, is no sum of known
+terms: it is ``L^-T Phi(L' C) L^-1`` for a gradient ``C`` in ``L``, with a mask ``Phi``. But ``L``
+is ``L_A (x) L_B``, so that the terms of ``C`` give the gradients in ``L_A`` and ``L_B``, and these
+the ones in A and B. To find ``C``, PyTensor is asked for the gradient again, at a variable that
+stands for ``C``, and what it writes is compared with the graph at hand.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import product
+
+from pytensor import tensor as pt
+from pytensor.assumptions.specify import assume
+from pytensor.compile.builders import OpFromGraph
+from pytensor.gradient import pullback
+from pytensor.graph.basic import Apply, equal_computations
+from pytensor.graph.fg import FunctionGraph
+from pytensor.graph.op import Op
+from pytensor.graph.replace import graph_replace
+from pytensor.scalar.basic import Add, Mul, Neg, Sub
+from pytensor.tensor.basic import atleast_Nd
+from pytensor.tensor.blockwise import Blockwise
+from pytensor.tensor.elemwise import DimShuffle, Elemwise
+from pytensor.tensor.linalg.decomposition.cholesky import Cholesky
+from pytensor.tensor.linalg.decomposition.eigen import Eigh, Eigvalsh
+from pytensor.tensor.linalg.decomposition.lu import LU
+from pytensor.tensor.linalg.decomposition.qr import QR
+from pytensor.tensor.math import Sum
+from pytensor.tensor.variable import TensorVariable
+
+from pymc_kron.linalg import kron
+from pymc_kron.rewriting.as_written import matched, summands
+from pymc_kron.rewriting.bundle import as_replacement, as_written_rewrites_db, register_kron
+from pymc_kron.rewriting.decomposition import cholesky_of_kron
+from pymc_kron.rewriting.eigen import eigh_of_kron, eigvalsh_of_kron
+from pymc_kron.rewriting.gradient import is_kron_pullback
+from pymc_kron.rewriting.lu import lu_of_kron
+from pymc_kron.rewriting.qr import qr_of_kron
+from pymc_kron.structure import (
+    Matrices,
+    is_positive_definite,
+    is_scalar,
+    is_symmetric,
+    kron_factors,
+    strip_transposes,
+)
+
+FACTORWISE = {
+    Cholesky: cholesky_of_kron,
+    Eigh: eigh_of_kron,
+    Eigvalsh: eigvalsh_of_kron,
+    LU: lu_of_kron,
+    QR: qr_of_kron,
+}
+# What is promised of Q, say, doesn't say which Q it is: value and gradient take the same one
+register = partial(
+    register_kron,
+    db=as_written_rewrites_db,
+    needs=[rewrite.fn.__name__ for rewrite in FACTORWISE.values()],
+)
+
+
+@register(OpFromGraph, Blockwise)
+def pullback_of_kron_decomposition(fgraph, node):
+    """pullback through kron and then chol at C -> pullback through chol(A) (x) chol(B) at C
+
+    Also through ``eigvalsh``, ``eigh``, ``lu`` and ``qr``.
+    """
+    if not is_kron_pullback(node.op):
+        return None
+    *factors, K, G = node.inputs
+    for user in _decompositions(fgraph, K):
+        for part, others in summands(G):
+            cotangents = _cotangents(user, K, part)
+            if cotangents is None:
+                continue
+            used = [i for i, out in enumerate(node.outputs) if fgraph.clients[out]]
+            # A factor may be a product itself, be equal to the other one, or have a part in others
+            stand_ins = {i: _stand_in(fgraph, factors[i]) for i in used}
+            copy = kron(*(stand_ins.get(i, factor) for i, factor in enumerate(factors)))
+            gradients = _factorwise_gradients(
+                fgraph, user, {K: copy}, list(stand_ins.values()), cotangents
+            )
+            originals = {stand_in: factors[i] for i, stand_in in stand_ins.items()}
+            gradients = graph_replace(gradients, originals, strict=False)
+            if others:
+                rest = node.op(*factors, K, sum(others[1:], start=others[0]))
+                gradients = [a + rest[i] for i, a in zip(used, gradients, strict=True)]
+            olds = [node.outputs[i] for i in used]
+            return {old: as_replacement(old, new) for old, new in zip(olds, gradients, strict=True)}
+    return None
+
+
+@register(Sum)
+def inner_product_of_kron_decomposition(fgraph, node):
+    """sum(pullback through chol(c K) at C * K) -> pullback through c of c -> chol(c K) at C
+
+    The gradient in a scale, through the same decompositions.
+    """
+    [summed] = node.inputs
+    if node.out.type.ndim or not isinstance(getattr(summed.owner_op, "scalar_op", None), Mul):
+        return None
+    for K in summed.owner.inputs:
+        if K.type.ndim != 2 or kron_factors(K) is None:
+            continue
+        multiples = [client for client, _ in fgraph.clients[K] if client.op == summed.owner.op]
+        for multiple in multiples:
+            for scale, user in product(
+                filter(is_scalar, multiple.inputs), _decompositions(fgraph, multiple.out)
+            ):
+                cotangents = _cotangents(user, scale, node.out)
+                if cotangents is None:
+                    continue
+                stand_in = scale.type()
+                gradients = _factorwise_gradients(
+                    fgraph, user, {scale: stand_in}, [stand_in], cotangents
+                )
+                [gradient] = graph_replace(gradients, {stand_in: scale})
+                return [as_replacement(node.out, gradient.squeeze())]
+    return None
+
+
+def _decompositions(fgraph: FunctionGraph, K: TensorVariable) -> Iterator[Apply]:
+    """Yield the nodes that decompose a product, or another one that is made of it."""
+    for client, _ in fgraph.clients[K]:
+        if type(getattr(client.op, "core_op", None)) in FACTORWISE and len(client.inputs) == 1:
+            yield client
+        elif len(client.outputs) == 1 and kron_factors(client.out) is not None:
+            yield from _decompositions(fgraph, client.out)
+
+
+def _cotangents(
+    node: Apply, var: TensorVariable, gradient: TensorVariable
+) -> dict[int, TensorVariable] | None:
+    """Return for which gradients in the outputs of a node PyTensor writes a gradient in a variable.
+
+    Those outputs that don't take part are left out.
+    """
+    for chosen in product((True, False), repeat=len(node.outputs)):
+        numbers = [i for i, is_chosen in enumerate(chosen) if is_chosen]
+        if not numbers:
+            return None
+        outputs = [node.outputs[i] for i in numbers]
+        stand_ins = [output.type() for output in outputs]
+        pattern = pullback(outputs, var, stand_ins)
+        if gradient.type.ndim < pattern.type.ndim:
+            pattern, _ = strip_transposes(pattern)
+        found = matched(pattern, gradient, stand_ins)
+        if found is not None:
+            return dict(zip(numbers, found, strict=True))
+    return None
+
+
+def _factorwise_gradients(
+    fgraph: FunctionGraph,
+    node: Apply,
+    replacements: dict[TensorVariable, TensorVariable],
+    wrt: Matrices,
+    cotangents: dict[int, TensorVariable],
+) -> list[TensorVariable]:
+    """Return gradients through what a decomposition becomes, once its inputs are replaced."""
+    rewrite = FACTORWISE[type(node.op.core_op)].fn.__wrapped__
+    outputs = rewrite(fgraph, node.op.make_node(*graph_replace(node.inputs, replacements)))
+    return pullback(
+        [outputs[i] for i in cotangents],
+        wrt,
+        [_simplified(node.op.core_op, cotangent) for cotangent in cotangents.values()],
+        disconnected_inputs="ignore",
+    )
+
+
+def _stand_in(fgraph: FunctionGraph, factor: TensorVariable) -> TensorVariable:
+    """Return a variable of which the same is known as of a factor."""
+    facts = {
+        "symmetric": is_symmetric(fgraph, factor),
+        "positive_definite": is_positive_definite(fgraph, factor),
+    }
+    return assume(factor.type(), **{name: True for name, is_known in facts.items() if is_known})
+
+
+def _simplified(op: Op, cotangent: TensorVariable) -> TensorVariable:
+    """Return a gradient in an output that does for another one.
+
+    ``tril(L' tril(C)) = tril(L' C)``: of the gradient in a Cholesky factor, no more than its own
+    triangle is read. That of a solve is cut down to it.
+    """
+    match op:
+        case Cholesky(lower=lower):
+            return _without_mask(cotangent, pt.tril if lower else pt.triu)
+    return cotangent
+
+
+def _without_mask(var: TensorVariable, triangle: Callable) -> TensorVariable:
+    """Return a matrix that has the same triangle as another one, of which that is all there is."""
+    core, transposed = strip_transposes(var)
+    if core is not var:
+        other_triangle = pt.triu if triangle is pt.tril else pt.tril
+        core = _without_mask(core, other_triangle if transposed else triangle)
+        return atleast_Nd(core.mT if transposed else core, n=var.type.ndim)
+    match var.owner_op_and_inputs:
+        case (Elemwise(scalar_op=Add() | Sub() | Neg()) as op, *parts):
+            return op(*(_without_mask(part, triangle) for part in parts))
+        case (DimShuffle(new_order=(1, 2)) | Sum(axis=(0,)) as op, part) if part.type.ndim == 3:
+            return op(_without_mask(part, triangle))
+        case (Elemwise(scalar_op=Mul()), *parts):
+            for part in parts:
+                masked = pt.vectorize(triangle, "(n,m)->(n,m)")(part)
+                if equal_computations([masked], [var]):
+                    return part
+    return var
