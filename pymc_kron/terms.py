@@ -183,6 +183,8 @@ def _terms_of_core(var: TensorVariable, sizes: Sizes) -> Terms | None:
             return _terms_of_matmul(left, right, sizes)
         case (IncSubtensor() as op, zeros, value, *indices) if _is_zero(zeros):
             return _terms_of_entries(op, zeros, value, indices, sizes)
+        case (DimShuffle(new_order=(*batch, 0, 1)), moved) if batch == [*range(2, var.type.ndim)]:
+            return _terms_of_batched_diagonal(moved, sizes)
         case (
             AdvancedIncSubtensor(idx_list=(int(), int()), set_instead_of_inc=False),
             zeros,
@@ -458,11 +460,26 @@ def _unit_vector(index, zeros: TensorVariable, axis: int) -> TensorVariable:
     return one[index].set(1)
 
 
-def _terms_of_shifted_diagonal(
-    diagonal, rows: slice, columns: slice, zeros, sizes: Sizes
-) -> Terms | None:
+def _terms_of_batched_diagonal(var: TensorVariable, sizes: Sizes) -> Terms | None:
+    """Return the terms of a gradient in diagonals, with the batch axes behind the others."""
+    match var.owner_op_and_inputs:
+        case (IncSubtensor() as op, zeros, value, *indices) if _is_zero(zeros):
+            match value.owner_op_and_inputs, indices_from_subtensor(indices, op.idx_list):
+                case (
+                    (AllocDiag(offset=0, axis1=0, axis2=1), diagonal),
+                    (slice(step=None) as rows, slice(step=None) as columns),
+                ):
+                    size = sizes.of(diagonal, diagonal.type.ndim - 1)
+                    is_whole = sizes.of(zeros, 0) == sizes.of(zeros, 1) == size
+                    if is_whole and _starts((rows, columns)) == [0, 0]:
+                        return (Product(diagonal=diagonal),)
+    return None
+
+
+def _starts(slices: Iterable[slice]) -> list[int] | None:
+    """Return where slices start, or None if that isn't known."""
     starts = []
-    for part in (rows, columns):
+    for part in slices:
         match part.start:
             case None:
                 starts.append(0)
@@ -470,6 +487,15 @@ def _terms_of_shifted_diagonal(
                 starts.append(int(start))
             case _:
                 return None
+    return starts
+
+
+def _terms_of_shifted_diagonal(
+    diagonal, rows: slice, columns: slice, zeros, sizes: Sizes
+) -> Terms | None:
+    starts = _starts((rows, columns))
+    if starts is None:
+        return None
     shape = sizes.of(zeros, 0), sizes.of(zeros, 1)
     if starts == [0, 0] and shape == (sizes.of(diagonal, 0),) * 2:
         return (Product(diagonal=diagonal),)

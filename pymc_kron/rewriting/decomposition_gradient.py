@@ -28,6 +28,7 @@ from pytensor.tensor.linalg.decomposition.eigen import Eigh, Eigvalsh
 from pytensor.tensor.linalg.decomposition.lu import LU
 from pytensor.tensor.linalg.decomposition.qr import QR
 from pytensor.tensor.math import Sum
+from pytensor.tensor.type import TensorType
 from pytensor.tensor.variable import TensorVariable
 
 from pymc_kron.linalg import kron
@@ -77,13 +78,17 @@ def pullback_of_kron_decomposition(fgraph, node):
             if cotangents is None:
                 continue
             used = [i for i, out in enumerate(node.outputs) if fgraph.clients[out]]
-            # A factor may be a product itself, be equal to the other one, or have a part in others
-            stand_ins = {i: _stand_in(fgraph, factors[i]) for i in used}
+            # A factor may be a product itself, be equal to the other one, or have a part in others,
+            # and a batch that shares it has a gradient for each entry
+            stand_ins = {i: _stand_in(fgraph, factors[i], node.outputs[i].type) for i in used}
             copy = kron(*(stand_ins.get(i, factor) for i, factor in enumerate(factors)))
             gradients = _factorwise_gradients(
                 fgraph, user, {K: copy}, list(stand_ins.values()), cotangents
             )
-            originals = {stand_in: factors[i] for i, stand_in in stand_ins.items()}
+            originals = {
+                stand_in: _broadcast_over_batch(factors[i], node.outputs[i], K)
+                for i, stand_in in stand_ins.items()
+            }
             gradients = graph_replace(gradients, originals, strict=False)
             if others:
                 rest = node.op(*factors, K, sum(others[1:], start=others[0]))
@@ -118,7 +123,7 @@ def inner_product_of_kron_decomposition(fgraph, node):
                     fgraph, user, {scale: stand_in}, [stand_in], cotangents
                 )
                 [gradient] = graph_replace(gradients, {stand_in: scale})
-                return [as_replacement(node.out, gradient.squeeze())]
+                return [as_replacement(node.out, gradient[(0,) * gradient.type.ndim])]
     return None
 
 
@@ -171,13 +176,24 @@ def _factorwise_gradients(
     )
 
 
-def _stand_in(fgraph: FunctionGraph, factor: TensorVariable) -> TensorVariable:
+def _broadcast_over_batch(
+    factor: TensorVariable, gradient: TensorVariable, K: TensorVariable
+) -> TensorVariable:
+    """Return a factor with the batch dimensions of the gradient in it, those of the product."""
+    if factor.type.broadcastable == gradient.type.broadcastable:
+        return factor
+    return pt.broadcast_to(factor, (*tuple(K.shape)[:-2], *tuple(factor.shape)[-2:]))
+
+
+def _stand_in(
+    fgraph: FunctionGraph, factor: TensorVariable, stand_in_type: TensorType
+) -> TensorVariable:
     """Return a variable of which the same is known as of a factor."""
     facts = {
         "symmetric": is_symmetric(fgraph, factor),
         "positive_definite": is_positive_definite(fgraph, factor),
     }
-    return assume(factor.type(), **{name: True for name, is_known in facts.items() if is_known})
+    return assume(stand_in_type(), **{name: True for name, is_known in facts.items() if is_known})
 
 
 def _simplified(op: Op, cotangent: TensorVariable) -> TensorVariable:

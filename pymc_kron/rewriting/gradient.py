@@ -45,9 +45,11 @@ def pullback_of_kron(fgraph, node):
     for term in terms:
         require_conforming(term, factors, sizes)
     news = []
-    for old, start, stop in zip(node.outputs, (0, split), (split, len(factors)), strict=True):
+    for old, factor, start, stop in zip(
+        node.outputs, (A, B), (0, split), (split, len(factors)), strict=True
+    ):
         gradients = [contract(term, factors, start, stop) for term in terms]
-        new = sum(gradients[1:], start=gradients[0]) if gradients else old.zeros_like()
+        new = sum(gradients[1:], start=gradients[0]) if gradients else factor.zeros_like()
         if old.type.ndim > 2 and new.type.broadcastable != old.type.broadcastable:
             new = pt.broadcast_to(new, (*tuple(K.shape)[:-2], *tuple(new.shape)[-2:]))
         news.append(as_replacement(old, new))
