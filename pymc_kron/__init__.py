@@ -18,12 +18,13 @@ from pymc_kron import rewriting as rewriting
 from pymc_kron import routines as routines
 from pymc_kron.datasets import load_elnino, load_irish_wind
 from pymc_kron.diagnostics import assert_no_dense_kron, explain
-from pymc_kron.distributions import KroneckerMvNormal
+from pymc_kron.distributions import KroneckerMvNormal, TensorNormal
 
 __version__ = "0.3.0"
 
 __all__ = [
     "KroneckerMvNormal",
+    "TensorNormal",
     "assert_no_dense_kron",
     "explain",
     "load_elnino",

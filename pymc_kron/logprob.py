@@ -17,8 +17,7 @@ from pytensor.graph.rewriting.basic import dfs_rewriter
 from pytensor.tensor.random.basic import MvNormalRV
 from pytensor.tensor.variable import TensorVariable
 
-from pymc_kron.distributions.kron_sum_mvnormal import KronSumMvNormalRV
-from pymc_kron.distributions.kronecker_mvnormal import KroneckerMvNormalRV
+from pymc_kron.distributions.grid_rv import KroneckerMvNormalRV
 from pymc_kron.factors import Form
 from pymc_kron.rewriting.bundle import as_replacement, recorded, tags_of
 from pymc_kron.rewriting.facts import positive_definite_factors
@@ -89,9 +88,8 @@ def _as_kron_sum_mvnormal(fgraph: FunctionGraph, node: Apply) -> list[Variable] 
     if kron_sum is None:
         return None
     dtype = node.outputs[1].type.dtype
-    layout = kron_sum.layout
-    rv = KronSumMvNormalRV.rv_op(
-        mu, *kron_sum.inputs, layout=layout, size=size, rng=rng, dtype=dtype
+    rv = KroneckerMvNormalRV.rv_op(
+        mu, *kron_sum.inputs, structure=kron_sum.layout, size=size, rng=rng, dtype=dtype
     )
     return rv.owner.outputs
 
@@ -103,7 +101,7 @@ def _as_kronecker_mvnormal(fgraph: FunctionGraph, node: Apply) -> list[Variable]
         return None
     factors, forms = parametrization
     rv = KroneckerMvNormalRV.rv_op(
-        mu, *factors, forms=forms, size=size, rng=rng, dtype=node.outputs[1].type.dtype
+        mu, *factors, structure=tuple(forms), size=size, rng=rng, dtype=node.outputs[1].type.dtype
     )
     return rv.owner.outputs
 

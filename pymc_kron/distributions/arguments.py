@@ -1,7 +1,7 @@
 """The arguments of the distributions: reading them, and telling what is wrong with them."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytensor
@@ -31,7 +31,7 @@ def read_factors(covs, chols, taus, evds, *, lower: bool) -> list[Factor]:
 
     if not any(map(len, lists.values())):
         raise ValueError(
-            "KroneckerMvNormal has no factors: pass their covariances (covs), Cholesky factors "
+            "There are no factors: pass their covariances (covs), Cholesky factors "
             "(chols), precisions (taus) or eigenvalues and eigenvectors (evds), for example "
             "covs=[K_space, K_time]."
         )
@@ -206,32 +206,63 @@ def _read_noise_covs(
     return scale, metrics
 
 
-def read_mu(mu: TensorLike, sizes: Sequence[Size]) -> TensorVariable:
-    """Return the mean, after checking its length."""
-    mu = pt.atleast_1d(pt.as_tensor_variable(mu))
+def read_mu(mu: TensorLike, sizes: Sequence[Size], event_ndim: int = 1) -> TensorVariable:
+    """Return the mean, after checking its shape against that of the `event_of` the grid."""
+    mu = pt.as_tensor_variable(mu)
     if mu.type.numpy_dtype.kind == "c":
         raise ValueError(f"mu must be real, got dtype {mu.type.dtype}.")
-    check_length("mu", mu, sizes, broadcasts=True)
+    mu = pt.atleast_Nd(mu, n=event_ndim)
+    check_event("mu", mu, sizes, event_ndim, broadcasts=True)
     return mu
 
 
-def check_length(
-    name: str, vector: TensorVariable, sizes: Sequence[Size], *, broadcasts: bool = False
+def event_of(sizes: Sequence[Size], event_ndim: int) -> tuple[Size, ...]:
+    """Return the shape of one value: that of the grid, or as a vector the number of its cells."""
+    return (math.prod(sizes),) if event_ndim == 1 else tuple(sizes)
+
+
+def check_event(
+    name: str,
+    value: TensorVariable,
+    sizes: Sequence[Size],
+    event_ndim: int,
+    *,
+    broadcasts: bool = False,
 ) -> None:
-    """Check that a vector is as long as the grid has cells."""
-    N, length = math.prod(sizes), vector.type.shape[-1]
-    if isinstance(N, int) and length not in ((None, 1, N) if broadcasts else (None, N)):
-        raise ValueError(
+    """Check that an array has as many cells as the grid, or is such a grid."""
+    shape = value.type.shape
+    pairs = zip(shape[-event_ndim:], event_of(sizes, event_ndim), strict=False)
+    if len(shape) >= event_ndim and all(
+        not isinstance(expected, int) or size in (None, expected, *([1] if broadcasts else []))
+        for size, expected in pairs
+    ):
+        return
+    raise ValueError(
+        f"{_expected_event(name, sizes, event_ndim, broadcasts=broadcasts)}, "
+        f"got {name} of shape {_show(shape)}."
+    )
+
+
+def _expected_event(name: str, sizes: Sequence[Size], event_ndim: int, *, broadcasts=False) -> str:
+    if event_ndim == 1:
+        return (
             f"The last dimension of {name} must be {'1 or ' if broadcasts else ''}"
-            f"N = {_show_product(sizes)}, the number of cells of the grid, "
-            f"got {name} of shape {_show(vector.type.shape)}."
+            f"N = {_show_product(sizes)}, the number of cells of the grid"
         )
+    return (
+        f"The last {event_ndim} dimensions of {name} must be {_show(sizes)}, the sizes of the "
+        f"factors{', or broadcast to it' if broadcasts else ''}"
+    )
 
 
-def check_value(value: TensorVariable, shape: Sequence[int | None], sizes: Sequence[Size]) -> None:
-    """Check the length of a value, and its batch shape against that of the variable."""
-    check_length("value", value, sizes)
-    batches = zip(reversed(value.type.shape[:-1]), reversed(shape[:-1]), strict=False)
+def check_value(
+    value: TensorVariable, shape: Sequence[int | None], sizes: Sequence[Size], event_ndim: int
+) -> None:
+    """Check the cells of a value, and its batch shape against that of the variable."""
+    check_event("value", value, sizes, event_ndim)
+    batches = zip(
+        reversed(value.type.shape[:-event_ndim]), reversed(shape[:-event_ndim]), strict=False
+    )
     if any(None not in sizes and 1 not in sizes and len(set(sizes)) > 1 for sizes in batches):
         raise ValueError(
             f"A value of shape {_show(value.type.shape)} doesn't broadcast against a variable of "
@@ -240,19 +271,66 @@ def check_value(value: TensorVariable, shape: Sequence[int | None], sizes: Seque
         )
 
 
-def check_shape(shape, sizes: Sequence[Size]) -> None:
-    """Check the last entry of ``shape``, which may come from observed data or dims."""
+def check_shape(shape, sizes: Sequence[Size], event_ndim: int) -> None:
+    """Check the last entries of ``shape``, which may come from observed data or dims."""
     known = [size for size in map(_current_length, sizes) if size is not None]
     if not isinstance(shape, int | list | tuple) or len(known) < len(sizes):
         return
     shape = [shape] if isinstance(shape, int) else shape
-    length = _current_length(shape[-1]) if shape else "()"
-    if length not in (None, math.prod(known)):
+    if Ellipsis in shape:
+        return
+    lengths = [_current_length(length) for length in shape]
+    event = event_of(known, event_ndim)
+    ends = zip(lengths[-event_ndim:], event, strict=False)
+    if len(lengths) >= event_ndim and all(length in (None, size) for length, size in ends):
+        return
+    advice = (
+        "A grid of observations goes in as observed=grid.ravel(), with the first factor's axis "
+        "first; TensorNormal takes it as it is."
+        if event_ndim == 1
+        else "The factors come in the order of the axes."
+    )
+    expected = _expected_event("shape, dims or observed", known, event_ndim)
+    raise ValueError(f"{expected}, got {_show(lengths)}. {advice}")
+
+
+def check_dims(dims, coords: Mapping, sizes: Sequence[Size]) -> None:
+    """Check the names of the axes of a grid against the factors.
+
+    Parameters
+    ----------
+    dims
+        The names of all dimensions; the last ones are those of the grid.
+    coords
+        The labels of each dimension of the model, or None.
+    sizes
+        The sizes of the factors.
+    """
+    if isinstance(dims, str) or not isinstance(dims, Sequence):
+        dims = (dims,)
+    names = dims[-len(sizes) :]
+    if len(names) < len(sizes) or Ellipsis in names:
+        if Ellipsis in dims:
+            return
         raise ValueError(
-            f"The last dimension of shape, dims or observed must be N = {_show_product(known)}, "
-            f"the number of cells of the grid, got {length}. A grid of observations goes in as "
-            "observed=grid.ravel(), with the first factor's axis first."
+            f"A grid of {len(sizes)} factors of sizes {_show(sizes)} needs as many dims, one a "
+            f"factor in their order, after those of batches, got dims={tuple(dims)}."
         )
+    repeated = [name for name in names if name is not None and names.count(name) > 1]
+    if repeated:
+        axes = [i for i, name in enumerate(names) if name == repeated[0]]
+        raise ValueError(
+            f"Factors {' and '.join(map(str, axes))} have the same dim {repeated[0]!r}, got "
+            f"dims={tuple(dims)}: each axis of the grid needs a name of its own."
+        )
+    for i, (name, size) in enumerate(zip(names, sizes, strict=True)):
+        labels = coords.get(name)
+        if labels is not None and isinstance(size, int) and len(labels) != size:
+            raise ValueError(
+                f"Dim {name!r} has {len(labels)} coords, but factor {i} is {size} x {size}, got "
+                f"dims={tuple(dims)} for factors of sizes {_show(sizes)}. The factors come in the "
+                "order of the dims."
+            )
 
 
 def _current_length(length) -> int | None:
@@ -266,8 +344,8 @@ def _current_length(length) -> int | None:
     return int(length.eval(mode=Mode(linker="py", optimizer=None)))
 
 
-def _show(shape: Sequence[int | None]) -> str:
-    sizes = ["?" if size is None else str(size) for size in shape]
+def _show(shape: Sequence[Size | None]) -> str:
+    sizes = [str(size) if isinstance(size, int) else "?" for size in shape]
     return f"({', '.join(sizes)}{',' if len(sizes) == 1 else ''})"
 
 

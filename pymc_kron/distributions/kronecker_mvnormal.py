@@ -1,93 +1,14 @@
 """The multivariate normal with a Kronecker-structured covariance."""
 
-import math
 from collections.abc import Sequence
-from itertools import chain
 
-import pytensor
 from pymc.distributions.continuous import Continuous
-from pymc.distributions.dist_math import check_parameters
-from pymc.distributions.distribution import SymbolicRandomVariable
-from pymc.distributions.moments.means import _mean
-from pymc.distributions.shape_utils import implicit_size_from_params, rv_size_is_none
-from pymc.logprob.abstract import _logprob
-from pymc.pytensorf import normalize_rng_param
-from pytensor import tensor as pt
 from pytensor.tensor import TensorLike
-from pytensor.tensor.random.utils import normalize_size_param
 from pytensor.tensor.variable import TensorVariable
 
-from pymc_kron.distributions.arguments import (
-    check_shape,
-    check_value,
-    read_factors,
-    read_mu,
-    read_noise,
-)
-from pymc_kron.distributions.kron_sum_mvnormal import KronSumMvNormalRV
-from pymc_kron.factors import Form, core_ndims, factors_of
-from pymc_kron.kronecker_logp import KroneckerLogp
-from pymc_kron.linalg import apply_to_vectors
-
-
-class KroneckerMvNormalRV(SymbolicRandomVariable):
-    """Random variable of `KroneckerMvNormal`: its inner graph draws ``mu + (R_1 (x) ...) z``."""
-
-    ndim_supp = 1
-    _print_name = ("KroneckerMvNormal", "\\operatorname{KroneckerMvNormal}")
-
-    def __init__(self, *args, forms: tuple[Form, ...], **kwargs):
-        self.forms = forms
-        super().__init__(*args, **kwargs)
-
-    @classmethod
-    def rv_op(cls, mu, *parts, forms: Sequence[Form], size=None, rng=None, dtype=None):
-        mu = pt.as_tensor_variable(mu)
-        parts = tuple(map(pt.as_tensor_variable, parts))
-        rng = normalize_rng_param(rng)
-        size = normalize_size_param(size)
-        factors = factors_of(forms, parts)
-
-        if rv_size_is_none(size):
-            # PyMC resizes a variable by its size, which therefore has to be there
-            ndims_params = [1, *chain.from_iterable(map(core_ndims, forms))]
-            size = implicit_size_from_params(mu, *parts, ndims_params=ndims_params)
-        sizes = [factor.size for factor in factors]
-        next_rng, z = pt.random.normal(
-            size=(*size, math.prod(sizes)), rng=rng, return_next_rng=True
-        )
-        colors = [factor.root().color for factor in factors]
-        batch_ndim = max(factor.batch_ndim for factor in factors)
-        draws = mu + apply_to_vectors(colors, sizes, sizes, z, batch_ndim=batch_ndim)
-
-        signatures = [
-            f"({','.join([f'n{i}'] * ndim)})"
-            for i, form in enumerate(forms)
-            for ndim in core_ndims(form)
-        ]
-        return cls(
-            inputs=[rng, size, mu, *parts],
-            outputs=[next_rng, draws.astype(dtype or pytensor.config.floatX)],
-            forms=tuple(forms),
-            extended_signature=f"[rng],[size],(n),{','.join(signatures)}->[rng],(n)",
-        )(rng, size, mu, *parts)
-
-    def rebuild_rv(self, *args, **kwargs):
-        return self.rv_op(*args, forms=self.forms, dtype=self.output_types[1].dtype, **kwargs)
-
-
-@_logprob.register(KroneckerMvNormalRV)
-def kronecker_mvnormal_logp(op, values, rng, size, mu, *parts, **kwargs):
-    [value] = values
-    factors = factors_of(op.forms, parts)
-    check_value(value, op.output_types[1].shape, [factor.size for factor in factors])
-    logp, exists = KroneckerLogp(forms=op.forms)(value - mu, *parts)
-    return check_parameters(logp, exists, msg="posdef covariance")
-
-
-@_mean.register(KroneckerMvNormalRV)
-def kronecker_mvnormal_mean(op, rv, rng, size, mu, *parts):
-    return pt.full_like(rv, mu)
+from pymc_kron.covariances import KroneckerCovariance, KronSumCovariance
+from pymc_kron.distributions.arguments import check_shape, read_factors, read_mu, read_noise
+from pymc_kron.distributions.grid_rv import GridMvNormalRV, KroneckerMvNormalRV
 
 
 class KroneckerMvNormal(Continuous):
@@ -230,13 +151,23 @@ class KroneckerMvNormal(Continuous):
             prior = pm.sample_prior_predictive(10, random_seed=1)
     """
 
-    rv_type = KroneckerMvNormalRV
+    rv_type: type[GridMvNormalRV] = KroneckerMvNormalRV
+    rv_op = KroneckerMvNormalRV.rv_op
 
-    @staticmethod
-    def rv_op(mu, *parts, **kwargs):
-        """Return the random variable: with noise, its covariance is a sum of products."""
-        rv_type = KronSumMvNormalRV if "layout" in kwargs else KroneckerMvNormalRV
-        return rv_type.rv_op(mu, *parts, **kwargs)
+    def __new__(cls, name, *args, dims=None, **kwargs):
+        """Create the variable in the model, after checking the names of its dimensions."""
+        if dims is not None:
+            cls._check_dims(dims, *args, **kwargs)
+        return super().__new__(cls, name, *args, dims=dims, **kwargs)
+
+    @classmethod
+    def _check_dims(cls, dims, *args, **kwargs) -> None:
+        """Check dims that name the axes of a grid, which those of a vector don't."""
+
+    @classmethod
+    def event_ndim(cls, n_factors: int) -> int:
+        """Return how many dimensions a value has."""
+        return 1
 
     @classmethod
     def dist(  # type: ignore[override]
@@ -254,14 +185,9 @@ class KroneckerMvNormal(Continuous):
     ) -> TensorVariable:
         factors = read_factors(covs, chols, taus, evds, lower=lower)
         sizes = [factor.size for factor in factors]
-        mu = read_mu(mu, sizes)
-        check_shape(kwargs.get("shape"), sizes)
+        event_ndim = cls.event_ndim(len(factors))
+        mu = read_mu(mu, sizes, event_ndim)
+        check_shape(kwargs.get("shape"), sizes, event_ndim)
         noisy = read_noise(factors, sigma, noise_covs)
-        if noisy is not None:
-            return super().dist([mu, *noisy.inputs], layout=noisy.layout, **kwargs)
-        parts = chain.from_iterable(factor.parts for factor in factors)
-        forms = tuple(factor.form for factor in factors)
-        return super().dist([mu, *parts], forms=forms, **kwargs)
-
-    def support_point(rv, rng, size, mu, *parts):
-        return pt.full_like(rv, mu)
+        covariance = KroneckerCovariance(factors) if noisy is None else KronSumCovariance(noisy)
+        return super().dist([mu, *covariance.parts], structure=covariance.structure, **kwargs)

@@ -1,0 +1,213 @@
+"""Covariances of all cells of a grid: what can be done with one, factorwise.
+
+A covariance is a product of factors, or a sum of products that one basis diagonalises, such as a
+product with noise. It is described by its structure, which is known when the graph is built, and
+its parts, which are variables.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pytensor import tensor as pt
+from pytensor.tensor.variable import TensorVariable
+
+from pymc_kron.factors import Factor, Form, core_ndims, factors_of
+from pymc_kron.kron_sum import Basis, KronSum, KronSumSLogDet, KronSumSolve, Layout
+from pymc_kron.kron_sum_logp import KronSumLogp
+from pymc_kron.kronecker_logp import KroneckerLogp
+from pymc_kron.linalg import (
+    MatrixMap,
+    apply_to_vectors,
+    copies_of,
+    kron_matmul,
+    kron_of_vectors,
+)
+from pymc_kron.structure import Size, column_sizes
+
+type Structure = tuple[Form, ...] | Layout
+"""What the parts of a covariance are: a form for each factor, or the layout of a `KronSum`."""
+
+
+class Covariance(ABC):
+    """A covariance ``K = R R'`` of the cells of a grid, in row-major order.
+
+    Vectors are of shape ``(..., N)``.
+    """
+
+    @property
+    @abstractmethod
+    def structure(self) -> Structure:
+        """What the parts are."""
+
+    @property
+    @abstractmethod
+    def parts(self) -> list[TensorVariable]:
+        """All variables."""
+
+    @property
+    @abstractmethod
+    def core_shapes(self) -> list[str]:
+        """The core shape of each part, as in the signature of a gufunc: ``(n0,n0)``."""
+
+    @property
+    @abstractmethod
+    def sizes(self) -> Sequence[Size]:
+        """The sizes of the axes, ``n_1, ..., n_d``."""
+
+    @abstractmethod
+    def log_density(self, delta: TensorVariable) -> tuple[TensorVariable, TensorVariable]:
+        """Return the log-density of a residual and whether there is one: ``(N)->(),()``."""
+
+    @property
+    @abstractmethod
+    def logdet(self) -> TensorVariable:
+        """The log-determinant of ``K``, ``(...)``."""
+
+    @abstractmethod
+    def color(self, z: TensorVariable) -> TensorVariable:
+        """Return ``R z``: ``(N)->(N)``."""
+
+    @abstractmethod
+    def whiten(self, x: TensorVariable) -> TensorVariable:
+        """Return ``inv(R) x``: ``(N)->(N)``."""
+
+    @abstractmethod
+    def solve(self, x: TensorVariable) -> TensorVariable:
+        """Return ``inv(K) x``: ``(N)->(N)``."""
+
+    @abstractmethod
+    def precision_diagonal(self) -> TensorVariable:
+        """Return the diagonal of ``inv(K)``, ``(..., N)``."""
+
+
+@dataclass(frozen=True)
+class KroneckerCovariance(Covariance):
+    """The covariance ``K_1 (x) ... (x) K_d``, whose root is that of the factors.
+
+    Attributes
+    ----------
+    factors
+        The factors ``K_i``.
+    """
+
+    factors: Sequence[Factor]
+
+    @property
+    def structure(self):
+        return tuple(factor.form for factor in self.factors)
+
+    @property
+    def parts(self):
+        return [part for factor in self.factors for part in factor.parts]
+
+    @property
+    def core_shapes(self):
+        return [
+            f"({','.join([f'n{i}'] * ndim)})"
+            for i, factor in enumerate(self.factors)
+            for ndim in core_ndims(factor.form)
+        ]
+
+    @property
+    def sizes(self):
+        return [factor.size for factor in self.factors]
+
+    def log_density(self, delta):
+        return KroneckerLogp(forms=self.structure)(delta, *self.parts)
+
+    @property
+    def logdet(self):
+        return sum(
+            copies_of(self.sizes, i) * factor.root().logdet for i, factor in enumerate(self.factors)
+        )
+
+    def color(self, z):
+        return self._apply([factor.root().color for factor in self.factors], z)
+
+    def whiten(self, x):
+        return self._apply([factor.root().whiten for factor in self.factors], x)
+
+    def solve(self, x):
+        roots = [factor.root() for factor in self.factors]
+        whitened = self._apply([root.whiten for root in roots], x)
+        return self._apply([root.unwhiten for root in roots], whitened)
+
+    def precision_diagonal(self):
+        # inv(K) = inv(R)' inv(R)
+        diagonals = []
+        for factor in self.factors:
+            inverse_root = factor.root().whiten(pt.eye(factor.size, dtype=factor.parts[-1].dtype))
+            diagonals.append((inverse_root**2).sum(axis=-2))
+        return kron_of_vectors(diagonals)
+
+    def _apply(self, maps: Sequence[MatrixMap], x: TensorVariable) -> TensorVariable:
+        batch_ndim = max(factor.batch_ndim for factor in self.factors)
+        return apply_to_vectors(maps, self.sizes, self.sizes, x, batch_ndim=batch_ndim)
+
+
+@dataclass(frozen=True)
+class KronSumCovariance(Covariance):
+    """A covariance ``R Lambda R'``, with the root ``R sqrt(Lambda)``.
+
+    Attributes
+    ----------
+    kron_sum
+        The sum of products.
+    """
+
+    kron_sum: KronSum
+
+    @property
+    def structure(self):
+        return self.kron_sum.layout
+
+    @property
+    def parts(self):
+        return self.kron_sum.inputs
+
+    @property
+    def core_shapes(self):
+        layout = self.kron_sum.layout
+        matrices = [f"(n{i},n{i})" for i in range(len(self.kron_sum.signals))]
+        metrics = [shape for shape, has in zip(matrices, layout.has_metric, strict=True) if has]
+        eigenvalues = [f"(n{i})" for i, decomposed in enumerate(layout.is_decomposed) if decomposed]
+        return ["()" for _ in self.kron_sum.scales] + matrices + metrics + eigenvalues
+
+    @property
+    def sizes(self):
+        return column_sizes(self.kron_sum.signals)
+
+    def log_density(self, delta):
+        return KronSumLogp(layout=self.structure)(*self.parts, delta)
+
+    @property
+    def logdet(self):
+        _, logdet = KronSumSLogDet(layout=self.structure)(*self.parts)
+        return logdet
+
+    def color(self, z):
+        basis = self._basis
+        return kron_matmul(self.kron_sum.roots(basis), pt.sqrt(basis.values) * z)
+
+    def whiten(self, x):
+        basis = self._basis
+        return basis.project(x) / pt.sqrt(basis.values)
+
+    def solve(self, x):
+        return KronSumSolve(layout=self.structure)(*self.parts, x)
+
+    def precision_diagonal(self):
+        basis = self._basis
+        return kron_matmul([vectors**2 for vectors in basis.vectors], 1 / basis.values)
+
+    @property
+    def _basis(self) -> Basis:
+        return self.kron_sum.basis()
+
+
+def covariance_of(structure: Structure, parts: Sequence[TensorVariable]) -> Covariance:
+    """Return the covariance of which these are the parts."""
+    if isinstance(structure, Layout):
+        return KronSumCovariance(KronSum.from_inputs(structure, parts))
+    return KroneckerCovariance(factors_of(structure, parts))

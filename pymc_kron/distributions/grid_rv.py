@@ -1,0 +1,118 @@
+"""The random variable of the cells of a grid, as a vector or as the grid that they are."""
+
+import math
+from abc import abstractmethod
+
+import pytensor
+from pymc.distributions.dist_math import check_parameters
+from pymc.distributions.distribution import SymbolicRandomVariable, _support_point
+from pymc.distributions.moments.means import _mean
+from pymc.distributions.shape_utils import implicit_size_from_params, rv_size_is_none
+from pymc.logprob.abstract import _logprob
+from pymc.pytensorf import normalize_rng_param
+from pytensor import tensor as pt
+from pytensor.tensor.random.utils import normalize_size_param
+from pytensor.tensor.variable import TensorVariable
+
+from pymc_kron.covariances import Covariance, Structure, covariance_of
+from pymc_kron.distributions.arguments import check_value, event_of
+
+
+class GridMvNormalRV(SymbolicRandomVariable):
+    """Random variable of the cells of a grid: its inner graph draws ``mu + R z``.
+
+    Parameters
+    ----------
+    structure
+        What the parts of the covariance are.
+    """
+
+    def __init__(self, *args, structure: Structure, **kwargs):
+        self.structure = structure
+        super().__init__(*args, **kwargs)
+
+    @classmethod
+    @abstractmethod
+    def event_signature(cls, n_axes: int) -> str:
+        """Return the core shape of a value, as in the signature of a gufunc."""
+
+    def covariance(self, *parts: TensorVariable) -> Covariance:
+        """Return the covariance whose parts these are."""
+        return covariance_of(self.structure, parts)
+
+    @classmethod
+    def rv_op(cls, mu, *parts, structure: Structure, size=None, rng=None, dtype=None):
+        mu = pt.as_tensor_variable(mu)
+        parts = tuple(map(pt.as_tensor_variable, parts))
+        rng = normalize_rng_param(rng)
+        size = normalize_size_param(size)
+        covariance = covariance_of(structure, parts)
+        sizes = covariance.sizes
+        core_shapes = [cls.event_signature(len(sizes)), *covariance.core_shapes]
+
+        ndims_params = [
+            len(core_shape.split(",")) if "n" in core_shape else 0 for core_shape in core_shapes
+        ]
+
+        if rv_size_is_none(size):
+            # PyMC resizes a variable by its size, which therefore has to be there
+            size = implicit_size_from_params(mu, *parts, ndims_params=ndims_params)
+        next_rng, z = pt.random.normal(
+            size=(*size, math.prod(sizes)), rng=rng, return_next_rng=True
+        )
+        colored = covariance.color(z)
+        event_shape = event_of(sizes, ndims_params[0])
+        draws = mu + colored.reshape((*tuple(colored.shape)[:-1], *event_shape))
+        return cls(
+            inputs=[rng, size, mu, *parts],
+            outputs=[next_rng, draws.astype(dtype or pytensor.config.floatX)],
+            structure=structure,
+            extended_signature=f"[rng],[size],{','.join(core_shapes)}->[rng],{core_shapes[0]}",
+        )(rng, size, mu, *parts)
+
+    def rebuild_rv(self, *args, **kwargs):
+        dtype = self.output_types[1].dtype
+        return self.rv_op(*args, structure=self.structure, dtype=dtype, **kwargs)
+
+
+class KroneckerMvNormalRV(GridMvNormalRV):
+    """Random variable of `KroneckerMvNormal`, whose values are vectors ``(..., N)``."""
+
+    ndim_supp = 1
+    _print_name = ("KroneckerMvNormal", "\\operatorname{KroneckerMvNormal}")
+
+    @classmethod
+    def event_signature(cls, n_axes):
+        return "(n)"
+
+
+class TensorNormalRV(GridMvNormalRV):
+    """Random variable of `TensorNormal`, whose values are grids ``(..., n_1, ..., n_d)``."""
+
+    _print_name = ("TensorNormal", "\\operatorname{TensorNormal}")
+
+    @classmethod
+    def event_signature(cls, n_axes):
+        return f"({','.join(f'n{i}' for i in range(n_axes))})"
+
+
+@_logprob.register(GridMvNormalRV)
+def grid_mvnormal_logp(op, values, rng, size, mu, *parts, **kwargs):
+    [value] = values
+    covariance = op.covariance(*parts)
+    check_value(value, op.output_types[1].shape, covariance.sizes, op.ndim_supp)
+    logp, exists = covariance.log_density(raveled(value - mu, op.ndim_supp))
+    return check_parameters(logp, exists, msg="posdef covariance")
+
+
+@_mean.register(GridMvNormalRV)
+@_support_point.register(GridMvNormalRV)
+def grid_mvnormal_mean(op, rv, rng, size, mu, *parts):
+    return pt.full_like(rv, mu)
+
+
+def raveled(value: TensorVariable, event_ndim: int) -> TensorVariable:
+    """Return grids as vectors, ``(..., n_1, ..., n_d)->(..., N)``."""
+    if event_ndim == 1:
+        return value
+    return pt.join_dims(value, start_axis=-event_ndim, n_axes=event_ndim)
