@@ -264,14 +264,28 @@ class Axis:
                 return AxisBasis(ones, self.metric_matrix, None)
             if self.eigenvalues is not None:
                 return AxisBasis(self.eigenvalues, self.signal, None)
-            return AxisBasis(*finite_eigh(self.signal), None)
+            return AxisBasis(*finite_eigh(self._with_known_sizes(self.signal)), None)
         root = CholeskyRoot(pt.linalg.cholesky(self.metric))
         if not self.has_signal:
             inverse = root.whiten(pt.eye(self.metric.shape[-1], dtype=self.metric.type.dtype))
             return AxisBasis(ones, inverse.mT, root.logdet)
         # S P = D P w is the symmetric problem (C^-1 S C^-T) Q = Q w with P = C^-T Q
-        values, vectors = finite_eigh(root.whiten(root.whiten(self.signal_matrix).mT))
+        whitened = root.whiten(root.whiten(self.signal_matrix).mT)
+        values, vectors = finite_eigh(self._with_known_sizes(whitened))
         return AxisBasis(values, root.unwhiten(vectors), root.logdet)
+
+    def _with_known_sizes(self, matrix: TensorVariable) -> TensorVariable:
+        """Show the sizes of a matrix of this axis that another one shows.
+
+        PyTensor infers that an axis is of size one where the type doesn't show it, and may take
+        it for one that isn't broadcast.
+        """
+        matrices = [self.signal] if self.metric is None else [self.signal, self.metric]
+        known = {size for known in matrices for size in known.type.shape[-2:]} - {None}
+        if len(known) != 1 or None not in matrix.type.shape[-2:]:
+            return matrix
+        [size] = known
+        return pt.specify_shape(matrix, (*matrix.type.shape[:-2], size, size))
 
 
 @dataclass(frozen=True)

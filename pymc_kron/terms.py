@@ -203,10 +203,13 @@ def _terms_of_core(var: TensorVariable, sizes: Sizes) -> Terms | None:
             order,
         ) if _is_zero(zeros) and zeros.type.ndim == 2 and order.type.dtype != "bool":
             return _terms_of_reordered(terms_of(columns, sizes), zeros, order)
-        case (DimShuffle(new_order=(1, 2)), batch) if batch.type.ndim == 3:
+        case (DimShuffle(new_order=(int(i), int(j))), batch) if [i, j] == [
+            batch.type.ndim - 2,
+            batch.type.ndim - 1,
+        ]:
             return _terms_of_only_matrix(terms_of(batch, sizes))
-        case (Sum(axis=(0,)), batch) if batch.type.ndim == 3:
-            return _terms_of_batch_sum(terms_of(batch, sizes))
+        case (Sum(axis=tuple(axes)), batch) if max(axes, default=0) < batch.type.ndim - 2:
+            return _terms_of_batch_sum(terms_of(batch, sizes), batch.type.ndim, axes)
         case (Reshape(ndim=2), vector, _):
             return _terms_of_reshaped(vector, var, sizes)
     return None
@@ -429,18 +432,23 @@ def _terms_of_only_matrix(terms: Terms | None) -> Terms | None:
     return None if terms is None else matrices
 
 
-def _terms_of_batch_sum(terms: Terms | None) -> Terms | None:
+def _terms_of_batch_sum(terms: Terms | None, ndim: int, axes: tuple[int, ...]) -> Terms | None:
     """Return the terms of a sum of matrices: ``sum_i U_i V_i' = [U_1 U_2 ...] [V_1 V_2 ...]'``."""
+    n_axes = len(axes)
 
     def side_by_side(batch: TensorVariable) -> TensorVariable:
-        return pt.join_dims(batch.transpose(1, 0, 2), start_axis=1, n_axes=2)
+        columns = pt.moveaxis(batch, axes, range(ndim - 1 - n_axes, ndim - 1))
+        return pt.join_dims(columns, start_axis=ndim - 1 - n_axes, n_axes=n_axes + 1)
+
+    def summed_broadcastable(batch: TensorVariable) -> list[bool]:
+        return [batch.type.broadcastable[axis] for axis in axes]
 
     summed: Terms = ()
     for term in terms or ():
         match term:
             case LowRank(left=left, right=right, weights=None) if (
-                left.type.ndim == right.type.ndim == 3
-                and left.type.broadcastable[0] == right.type.broadcastable[0]
+                left.type.ndim == right.type.ndim == ndim
+                and summed_broadcastable(left) == summed_broadcastable(right)
             ):
                 summed += (LowRank(side_by_side(scaled(left, term, 2)), side_by_side(right)),)
             case _:
