@@ -27,7 +27,7 @@ def read_factors(covs, chols, taus, evds, *, lower: bool) -> list[Factor]:
         if matrices is not None:
             entry = "pair of eigenvalues and eigenvectors" if form == "evd" else "matrix"
             example = "(w, Q)" if form == "evd" else "K"
-            lists[form] = _read_list(f"{form}s", matrices, entry, example)
+            lists[form] = read_list(f"{form}s", matrices, entry, example)
 
     if not any(map(len, lists.values())):
         raise ValueError(
@@ -58,7 +58,8 @@ def read_factors(covs, chols, taus, evds, *, lower: bool) -> list[Factor]:
     return factors
 
 
-def _read_list(name: str, entries: Any, entry: str, example: str) -> Sequence:
+def read_list(name: str, entries: Any, entry: str, example: str) -> Sequence:
+    """Return a list with one entry a factor, after checking that it is one."""
     if isinstance(entries, list | tuple):
         return entries
     shape = getattr(getattr(entries, "type", entries), "shape", None)
@@ -160,7 +161,7 @@ def read_noise(
 def _read_sigma(sigma: TensorLike, sizes: Sequence[Size]) -> TensorVariable:
     sigma = _read_real("sigma", sigma)
     N = math.prod(sizes)
-    length = _current_length(sigma.shape[-1]) if sigma.type.ndim else None
+    length = current_length(sigma.shape[-1]) if sigma.type.ndim else None
     if isinstance(N, int) and N > 1 and length == N:
         raise ValueError(
             f"sigma must be one standard deviation for all cells, or one for each entry of a "
@@ -177,7 +178,7 @@ def _read_noise_covs(
     noise_covs: Any, sizes: Sequence[Size]
 ) -> tuple[TensorVariable, list[TensorVariable | None]]:
     """Return the scalar and the matrices that the noise covariance is the product of."""
-    noise_covs = _read_list("noise_covs", noise_covs, "covariance", "D")
+    noise_covs = read_list("noise_covs", noise_covs, "covariance", "D")
     if len(noise_covs) != len(sizes):
         raise ValueError(
             f"noise_covs must have one entry for each of the {len(sizes)} factors, got "
@@ -273,13 +274,13 @@ def check_value(
 
 def check_shape(shape, sizes: Sequence[Size], event_ndim: int) -> None:
     """Check the last entries of ``shape``, which may come from observed data or dims."""
-    known = [size for size in map(_current_length, sizes) if size is not None]
+    known = [size for size in map(current_length, sizes) if size is not None]
     if not isinstance(shape, int | list | tuple) or len(known) < len(sizes):
         return
     shape = [shape] if isinstance(shape, int) else shape
     if Ellipsis in shape:
         return
-    lengths = [_current_length(length) for length in shape]
+    lengths = [current_length(length) for length in shape]
     event = event_of(known, event_ndim)
     ends = zip(lengths[-event_ndim:], event, strict=False)
     if len(lengths) >= event_ndim and all(length in (None, size) for length, size in ends):
@@ -294,15 +295,15 @@ def check_shape(shape, sizes: Sequence[Size], event_ndim: int) -> None:
     raise ValueError(f"{expected}, got {_show(lengths)}. {advice}")
 
 
-def check_dims(dims, coords: Mapping, sizes: Sequence[Size]) -> None:
+def check_dims(dims, lengths: Mapping[str, int | None], sizes: Sequence[Size | None]) -> None:
     """Check the names of the axes of a grid against the factors.
 
     Parameters
     ----------
     dims
         The names of all dimensions; the last ones are those of the grid.
-    coords
-        The labels of each dimension of the model, or None.
+    lengths
+        The lengths that dimensions of the model have.
     sizes
         The sizes of the factors.
     """
@@ -324,16 +325,16 @@ def check_dims(dims, coords: Mapping, sizes: Sequence[Size]) -> None:
             f"dims={tuple(dims)}: each axis of the grid needs a name of its own."
         )
     for i, (name, size) in enumerate(zip(names, sizes, strict=True)):
-        labels = coords.get(name)
-        if labels is not None and isinstance(size, int) and len(labels) != size:
+        length = lengths.get(name)
+        if length is not None and isinstance(size, int) and length != size:
             raise ValueError(
-                f"Dim {name!r} has {len(labels)} coords, but factor {i} is {size} x {size}, got "
+                f"Dim {name!r} is of length {length}, but factor {i} is {size} x {size}, got "
                 f"dims={tuple(dims)} for factors of sizes {_show(sizes)}. The factors come in the "
                 "order of the dims."
             )
 
 
-def _current_length(length) -> int | None:
+def current_length(length) -> int | None:
     """Return a length that is known or that data and coords have now."""
     if not isinstance(length, Variable):
         return int(length)

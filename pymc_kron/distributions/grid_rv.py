@@ -11,6 +11,7 @@ from pymc.distributions.shape_utils import implicit_size_from_params, rv_size_is
 from pymc.logprob.abstract import _logprob
 from pymc.pytensorf import normalize_rng_param
 from pytensor import tensor as pt
+from pytensor.graph.replace import _vectorize_node
 from pytensor.tensor.random.utils import normalize_size_param
 from pytensor.tensor.variable import TensorVariable
 
@@ -109,6 +110,22 @@ def grid_mvnormal_logp(op, values, rng, size, mu, *parts, **kwargs):
 @_support_point.register(GridMvNormalRV)
 def grid_mvnormal_mean(op, rv, rng, size, mu, *parts):
     return pt.full_like(rv, mu)
+
+
+@_vectorize_node.register(GridMvNormalRV)
+def vectorize_grid_mvnormal(op, node, rng, size, *params):
+    """Put new batch dimensions of the parameters before those of the size."""
+    size_ndim = node.outputs[1].type.ndim - op.ndim_supp
+    n_new, aligned = 0, []
+    for old, new, core_ndim in zip(op.dist_params(node), params, op.ndims_params, strict=True):
+        n_added = new.type.ndim - old.type.ndim
+        if n_added:
+            missing = size_ndim - (old.type.ndim - core_ndim)
+            new = pt.expand_dims(new, tuple(range(n_added, n_added + missing)))
+        n_new = max(n_new, n_added)
+        aligned.append(new)
+    implied = tuple(implicit_size_from_params(*aligned, ndims_params=op.ndims_params))
+    return op.rebuild_rv(*aligned, size=(*implied[:n_new], *tuple(size)), rng=rng).owner
 
 
 def raveled(value: TensorVariable, event_ndim: int) -> TensorVariable:

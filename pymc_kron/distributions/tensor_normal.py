@@ -2,7 +2,7 @@
 
 from pymc.model.core import modelcontext
 
-from pymc_kron.distributions.arguments import check_dims, read_factors
+from pymc_kron.distributions.arguments import check_dims, current_length, read_factors
 from pymc_kron.distributions.grid_rv import TensorNormalRV
 from pymc_kron.distributions.kronecker_mvnormal import KroneckerMvNormal
 
@@ -98,4 +98,5 @@ class TensorNormal(KroneckerMvNormal):
     ) -> None:
         factors = read_factors(covs, chols, taus, evds, lower=lower)
         model = modelcontext(kwargs.get("model"))
-        check_dims(dims, model.coords, [factor.size for factor in factors])
+        lengths = {dim: current_length(length) for dim, length in model.dim_lengths.items()}
+        check_dims(dims, lengths, [factor.size for factor in factors])
