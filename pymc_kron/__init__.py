@@ -20,7 +20,7 @@ from pymc_kron.datasets import load_elnino, load_irish_wind
 from pymc_kron.diagnostics import assert_no_dense_kron, explain
 from pymc_kron.distributions import KroneckerMvNormal, TensorNormal
 
-__version__ = "0.3.0"
+__version__ = "0.4.0"
 
 __all__ = [
     "KroneckerMvNormal",
