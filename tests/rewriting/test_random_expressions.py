@@ -22,7 +22,7 @@ import pymc as pm
 import pytensor
 import pytensor.tensor as pt
 import pytest
-from hypothesis import HealthCheck, given, seed, settings
+from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from pymc.pytensorf import rewrite_pregrad
 from pytensor.assumptions.specify import assume
@@ -984,7 +984,8 @@ def checked(family, number=None, **options):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_random_expressions(family):
-    checked(family, max_examples=100, derandomize=True)()
+    # The nightly test looks for a smaller expression that fails too, which may take hours
+    checked(family, max_examples=100, derandomize=True, phases=[Phase.generate])()
 
 
 def _unknown(*core):
