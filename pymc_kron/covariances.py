@@ -5,9 +5,11 @@ product with noise. It is described by its structure, which is known when the gr
 its parts, which are variables.
 """
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 from pytensor import tensor as pt
 from pytensor.tensor.variable import TensorVariable
@@ -20,10 +22,11 @@ from pymc_kron.linalg import (
     MatrixMap,
     apply_to_vectors,
     copies_of,
+    kron_diagonal,
+    kron_entries,
     kron_matmul,
-    kron_of_vectors,
 )
-from pymc_kron.structure import Size, column_sizes
+from pymc_kron.structure import Matrices, Size, column_sizes
 
 type Structure = tuple[Form, ...] | Layout
 """What the parts of a covariance are: a form for each factor, or the layout of a `KronSum`."""
@@ -77,8 +80,24 @@ class Covariance(ABC):
         """Return ``inv(K) x``: ``(N)->(N)``."""
 
     @abstractmethod
+    def multiply(self, x: TensorVariable) -> TensorVariable:
+        """Return ``K x``: ``(N)->(N)``."""
+
+    @abstractmethod
+    def diagonal(self) -> TensorVariable:
+        """Return the diagonal of ``K``, ``(..., N)``."""
+
+    @abstractmethod
     def precision_diagonal(self) -> TensorVariable:
         """Return the diagonal of ``inv(K)``, ``(..., N)``."""
+
+    @abstractmethod
+    def entries(self, rows: TensorVariable, columns: TensorVariable) -> TensorVariable:
+        """Return ``K[rows, columns]``: ``(m),(k)->(m,k)``."""
+
+    @abstractmethod
+    def precision_entries(self, cells: TensorVariable) -> TensorVariable:
+        """Return ``inv(K)[cells, cells]``: ``(m)->(m,m)``."""
 
 
 @dataclass(frozen=True)
@@ -133,13 +152,28 @@ class KroneckerCovariance(Covariance):
         whitened = self._apply([root.whiten for root in roots], x)
         return self._apply([root.unwhiten for root in roots], whitened)
 
+    def multiply(self, x):
+        return kron_matmul(self._covariances, x)
+
+    def diagonal(self):
+        return kron_diagonal(self._covariances)
+
     def precision_diagonal(self):
-        # inv(K) = inv(R)' inv(R)
-        diagonals = []
-        for factor in self.factors:
-            inverse_root = factor.root().whiten(pt.eye(factor.size, dtype=factor.parts[-1].dtype))
-            diagonals.append((inverse_root**2).sum(axis=-2))
-        return kron_of_vectors(diagonals)
+        return kron_diagonal(self._precisions)
+
+    def entries(self, rows, columns):
+        return kron_entries(self._covariances, rows, columns)
+
+    def precision_entries(self, cells):
+        return kron_entries(self._precisions, cells, cells)
+
+    @property
+    def _covariances(self) -> list[TensorVariable]:
+        return [factor.covariance() for factor in self.factors]
+
+    @property
+    def _precisions(self) -> list[TensorVariable]:
+        return [factor.precision() for factor in self.factors]
 
     def _apply(self, maps: Sequence[MatrixMap], x: TensorVariable) -> TensorVariable:
         batch_ndim = max(factor.batch_ndim for factor in self.factors)
@@ -197,9 +231,36 @@ class KronSumCovariance(Covariance):
     def solve(self, x):
         return KronSumSolve(layout=self.structure)(*self.parts, x)
 
+    def multiply(self, x):
+        return self._sum(lambda factors: kron_matmul(factors, x), core_ndim=1)
+
+    def diagonal(self):
+        return self._sum(kron_diagonal, core_ndim=1)
+
     def precision_diagonal(self):
         basis = self._basis
         return kron_matmul([vectors**2 for vectors in basis.vectors], 1 / basis.values)
+
+    def entries(self, rows, columns):
+        return self._sum(lambda factors: kron_entries(factors, rows, columns), core_ndim=2)
+
+    def precision_entries(self, cells):
+        n_cells = cells.shape[0]
+        units = pt.zeros((n_cells, math.prod(self.sizes)), dtype=self.parts[-1].dtype)
+        units = pt.set_subtensor(units[pt.arange(n_cells), cells], 1.0)
+        # The unit vectors are a batch before that of the covariance
+        solutions = self.solve(pt.expand_dims(units, range(1, 1 + self.kron_sum.batch_ndim)))
+        return pt.moveaxis(solutions[..., cells], 0, -2)
+
+    def _sum(
+        self, part_of: Callable[[Matrices], TensorVariable], *, core_ndim: int
+    ) -> TensorVariable:
+        """Return what is linear in the covariance, from that of each product."""
+        terms = [
+            pt.expand_dims(scale, tuple(range(-core_ndim, 0))) * part_of(self.kron_sum.factors(t))
+            for t, scale in enumerate(self.kron_sum.scales)
+        ]
+        return reduce(pt.add, terms)
 
     @property
     def _basis(self) -> Basis:

@@ -10,14 +10,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from pymc.dims.distributions.core import DimDistribution
 from pytensor import tensor as pt
+from pytensor.graph.basic import Constant
 from pytensor.tensor.variable import TensorVariable
 from pytensor.xtensor import as_xtensor
 from pytensor.xtensor.type import XTensorVariable
 
-from pymc_kron.distributions.arguments import check_dims, current_length, read_list
+from pymc_kron.distributions.arguments import check_dims, check_missing, read_list
 from pymc_kron.distributions.tensor_normal import TensorNormal
+from pymc_kron.structure import current_length, evaluated
 
 __all__ = ["KroneckerMvNormal"]
 
@@ -53,6 +56,9 @@ class KroneckerMvNormal(DimDistribution):
         the diagonal of one with the first, a number, or None for the identity.
     lower : bool, default True
         Whether the matrices in `chols` are the lower Cholesky factors.
+    marginalize_missing : bool, default False
+        Whether cells of ``observed`` that are NaN are integrated out. `pymc.dims` doesn't impute
+        them.
     core_dims : sequence of pairs of str
         For each factor, the name of its axis in the grid and that of the other dim of the matrix:
         ``[("station", "other_station"), ("day", "other_day")]``.
@@ -70,7 +76,8 @@ class KroneckerMvNormal(DimDistribution):
     TypeError, ValueError
         As `pymc_kron.KroneckerMvNormal` does, and if `core_dims` isn't a pair of names for each
         factor, two factors have a dim in common, a parameter lacks a dim or has one of another
-        factor, or the size of a factor isn't that of the dim in the model.
+        factor, the size of a factor isn't that of the dim in the model, or cells are missing
+        without `marginalize_missing`.
 
     Examples
     --------
@@ -102,6 +109,8 @@ class KroneckerMvNormal(DimDistribution):
 
     def __new__(cls, name, *args, core_dims=None, dims=None, observed=None, **kwargs):
         """Create the variable in the model, in which the axes of the grid are dims."""
+        if observed is not None:
+            _check_observed(observed, core_dims, kwargs.get("marginalize_missing", False))
         if dims is None and observed is None:
             dims = (..., *(axis for axis, _ in _read_core_dims(core_dims)))
         return super().__new__(
@@ -120,6 +129,7 @@ class KroneckerMvNormal(DimDistribution):
         sigma=None,
         noise_covs=None,
         lower: bool = True,
+        marginalize_missing: bool = False,
         core_dims: Sequence[Pair] | None = None,
         dim_lengths: Mapping[str, Any] | None = None,
         **kwargs,
@@ -163,7 +173,13 @@ class KroneckerMvNormal(DimDistribution):
         mu = mean.lowered(batch, axes)
         if extra:
             mu = pt.broadcast_to(mu, (*extra.values(), *tuple(mu.shape)))
-        grid = TensorNormal.dist(mu, lower=lower, **_lowered(arguments, batch), **kwargs)
+        grid = TensorNormal.dist(
+            mu,
+            lower=lower,
+            marginalize_missing=marginalize_missing,
+            **_lowered(arguments, batch),
+            **kwargs,
+        )
         lengths = {dim: current_length(length) for dim, length in (dim_lengths or {}).items()}
         check_dims(axes, lengths, grid.type.shape[-len(axes) :])
         return as_xtensor(grid, dims=(*extra, *batch, *axes))
@@ -249,6 +265,29 @@ def _read_core_dims(core_dims) -> list[Pair]:
             f"{' and '.join(factors)}, got {pairs}. Each needs a name of its own."
         )
     return pairs
+
+
+def _check_observed(observed: Any, core_dims, marginalize_missing: bool) -> None:
+    """Check which cells of observed data are missing."""
+    try:
+        observed = as_xtensor(observed)
+    except TypeError:
+        # PyMC asks for the dims
+        return
+    data = evaluated(observed.values, Constant)
+    if data is None or not np.isnan(data).any():
+        return
+    dims = observed.type.dims
+    axes = [axis for axis, _ in _read_core_dims(core_dims) if axis in dims]
+    order = [*(dim for dim in dims if dim not in axes), *axes]
+    missing = np.isnan(data).transpose([dims.index(dim) for dim in order])
+    check_missing(missing, order, len(axes), marginalize_missing=marginalize_missing)
+    if not marginalize_missing:
+        raise ValueError(
+            f"observed with dims={dims} has {missing.sum()} missing cells, which pymc.dims doesn't "
+            "impute. marginalize_missing=True integrates them out; pymc_kron.TensorNormal can "
+            "impute them as well."
+        )
 
 
 def _per_factor(

@@ -8,6 +8,7 @@ from pytensor import tensor as pt
 from pytensor.assumptions.specify import assume
 from pytensor.tensor.variable import TensorVariable
 
+from pymc_kron.kernels import inverse_from_cholesky
 from pymc_kron.roots import CholeskyRoot, EigenRoot, PrecisionRoot, Root
 from pymc_kron.structure import Size, column_sizes
 
@@ -58,6 +59,17 @@ class Factor:
                 vectors = assume(vectors, orthogonal=True)
                 cov = (vectors * values[..., None, :]) @ vectors.mT
         return assume(cov, positive_definite=True)
+
+    def precision(self) -> TensorVariable:
+        """Write down the inverse of the covariance: ``(n,n)->(n,n)``."""
+        match self.form, self.parts:
+            case "tau", (tau,):
+                return tau
+            case "evd", (values, vectors):
+                return (vectors / values[..., None, :]) @ vectors.mT
+        root = self.root()
+        assert isinstance(root, CholeskyRoot)
+        return inverse_from_cholesky(root.chol)
 
     def root(self) -> Root:
         """Return the root of the covariance."""

@@ -268,6 +268,37 @@ def kron_of_vectors(vectors: Sequence[TensorVariable]) -> TensorVariable:
     return reduce(outer, vectors)
 
 
+def kron_diagonal(factors: Matrices) -> TensorVariable:
+    """Return the diagonal of a product of square factors: ``(n1,n1),...->(n1*...*nd)``."""
+    return kron_of_vectors([pt.diagonal(factor, axis1=-2, axis2=-1) for factor in factors])
+
+
+def levels_of(cells: TensorVariable, sizes: Sequence[Size]) -> list[TensorVariable]:
+    """Return the index on each axis of some cells, from that in row-major order."""
+    return [(cells // prod(sizes[axis + 1 :])) % size for axis, size in enumerate(sizes)]
+
+
+def kron_entries(
+    factors: Matrices, rows: TensorVariable, columns: TensorVariable
+) -> TensorVariable:
+    """Return entries of a product of square factors: ``(n1,n1),...,(nd,nd),(m),(k)->(m,k)``.
+
+    Parameters
+    ----------
+    factors
+        The factors.
+    rows, columns
+        Indices between 0 and ``N``.
+    """
+    sizes = column_sizes(factors)
+    levels = zip(levels_of(rows, sizes), levels_of(columns, sizes), strict=True)
+    entries = [
+        factor[..., row[:, None], column[None, :]]
+        for factor, (row, column) in zip(factors, levels, strict=True)
+    ]
+    return prod(entries[1:], start=entries[0])
+
+
 def kron_solve(
     factors: Matrices,
     b: TensorVariable,

@@ -16,8 +16,11 @@ from pytensor.assumptions import (
     check_assumption,
 )
 from pytensor.assumptions.specify import SpecifyAssumptions
+from pytensor.compile.mode import Mode
+from pytensor.compile.sharedvalue import SharedVariable
 from pytensor.graph.basic import Constant, Variable
 from pytensor.graph.fg import FunctionGraph
+from pytensor.graph.traversal import graph_inputs
 from pytensor.scalar.basic import Add, Mul, Neg, TrueDiv
 from pytensor.tensor.basic import Eye
 from pytensor.tensor.blockwise import Blockwise
@@ -339,3 +342,18 @@ def is_lower_triangular(fgraph: FunctionGraph, var: TensorVariable) -> bool:
     if getattr(var.tag, "lower_triangular", False):
         return True
     return check_assumption(fgraph, var, LOWER_TRIANGULAR)
+
+
+def current_length(length) -> int | None:
+    """Return a length that is known or that data and coords have now."""
+    if not isinstance(length, Variable):
+        return int(length)
+    value = None if length.type.ndim else evaluated(length, Constant, SharedVariable)
+    return None if value is None else int(value)
+
+
+def evaluated(var: TensorVariable, *kinds: type[Variable]) -> np.ndarray | None:
+    """Return the value of what is computed from inputs of these kinds alone."""
+    if not all(isinstance(inp, kinds) for inp in graph_inputs([var])):
+        return None
+    return var.eval(mode=Mode(linker="py", optimizer=None))

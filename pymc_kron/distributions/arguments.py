@@ -4,18 +4,16 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pytensor
+from pymc.pytensorf import convert_observed_data
 from pytensor import tensor as pt
-from pytensor.compile.mode import Mode
-from pytensor.compile.sharedvalue import SharedVariable
-from pytensor.graph.basic import Constant, Variable
-from pytensor.graph.traversal import graph_inputs
 from pytensor.tensor import TensorLike
 from pytensor.tensor.variable import TensorVariable
 
 from pymc_kron.factors import Factor, Form
 from pymc_kron.kron_sum import KronSum, Layout
-from pymc_kron.structure import Size, is_provably_not_square
+from pymc_kron.structure import Size, current_length, is_provably_not_square
 
 FORMS: tuple[Form, ...] = ("cov", "chol", "tau", "evd")
 
@@ -295,6 +293,41 @@ def check_shape(shape, sizes: Sequence[Size], event_ndim: int) -> None:
     raise ValueError(f"{expected}, got {_show(lengths)}. {advice}")
 
 
+def read_observed(observed: Any, dims, event_ndim: int, *, marginalize_missing: bool) -> Any:
+    """Return observations, with NaN for missing cells that are to be integrated out.
+
+    PyMC takes NaN in an array for parameters, and leaves it in a constant.
+    """
+    data = convert_observed_data(observed)
+    if not isinstance(data, np.ma.MaskedArray):
+        return observed
+    missing = np.ma.getmaskarray(data)
+    check_missing(missing, dims, event_ndim, marginalize_missing=marginalize_missing)
+    if not marginalize_missing:
+        return observed
+    return pt.constant(np.ma.filled(data.astype(pytensor.config.floatX), np.nan))
+
+
+def check_missing(missing: np.ndarray, dims, event_ndim: int, *, marginalize_missing: bool) -> None:
+    """Check which cells of observations are missing, at least one of which is."""
+    where = f"observed of shape {_show(missing.shape)}"
+    if dims is not None:
+        where += f" with dims={tuple(dims) if not isinstance(dims, str) else (dims,)}"
+    if missing.all():
+        raise ValueError(
+            f"All cells are missing, got {where}. Leave observed out for a grid to be sampled."
+        )
+    first = missing[(0,) * (missing.ndim - event_ndim)]
+    if marginalize_missing and (missing != first).any():
+        counts = missing.sum(axis=tuple(range(-event_ndim, 0)))
+        raise ValueError(
+            "marginalize_missing needs the same missing cells in all observations of a batch, got "
+            f"{where}, whose last {event_ndim} are the grid, and {counts.min()} to {counts.max()} "
+            "missing cells in different places. Leave it out to impute them while sampling, or "
+            "give each pattern a variable of its own."
+        )
+
+
 def check_dims(dims, lengths: Mapping[str, int | None], sizes: Sequence[Size | None]) -> None:
     """Check the names of the axes of a grid against the factors.
 
@@ -332,17 +365,6 @@ def check_dims(dims, lengths: Mapping[str, int | None], sizes: Sequence[Size | N
                 f"dims={tuple(dims)} for factors of sizes {_show(sizes)}. The factors come in the "
                 "order of the dims."
             )
-
-
-def current_length(length) -> int | None:
-    """Return a length that is known or that data and coords have now."""
-    if not isinstance(length, Variable):
-        return int(length)
-    if length.type.ndim or not all(
-        isinstance(inp, Constant | SharedVariable) for inp in graph_inputs([length])
-    ):
-        return None
-    return int(length.eval(mode=Mode(linker="py", optimizer=None)))
 
 
 def _show(shape: Sequence[Size | None]) -> str:

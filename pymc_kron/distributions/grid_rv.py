@@ -17,6 +17,7 @@ from pytensor.tensor.variable import TensorVariable
 
 from pymc_kron.covariances import Covariance, Structure, covariance_of
 from pymc_kron.distributions.arguments import check_value, event_of
+from pymc_kron.missing import marginal_log_density
 
 
 class GridMvNormalRV(SymbolicRandomVariable):
@@ -26,10 +27,13 @@ class GridMvNormalRV(SymbolicRandomVariable):
     ----------
     structure
         What the parts of the covariance are.
+    marginalize_missing
+        Whether the log-density of a value is that of those of its cells that aren't NaN.
     """
 
-    def __init__(self, *args, structure: Structure, **kwargs):
+    def __init__(self, *args, structure: Structure, marginalize_missing: bool = False, **kwargs):
         self.structure = structure
+        self.marginalize_missing = marginalize_missing
         super().__init__(*args, **kwargs)
 
     @classmethod
@@ -42,7 +46,16 @@ class GridMvNormalRV(SymbolicRandomVariable):
         return covariance_of(self.structure, parts)
 
     @classmethod
-    def rv_op(cls, mu, *parts, structure: Structure, size=None, rng=None, dtype=None):
+    def rv_op(
+        cls,
+        mu,
+        *parts,
+        structure: Structure,
+        marginalize_missing: bool = False,
+        size=None,
+        rng=None,
+        dtype=None,
+    ):
         mu = pt.as_tensor_variable(mu)
         parts = tuple(map(pt.as_tensor_variable, parts))
         rng = normalize_rng_param(rng)
@@ -68,12 +81,19 @@ class GridMvNormalRV(SymbolicRandomVariable):
             inputs=[rng, size, mu, *parts],
             outputs=[next_rng, draws.astype(dtype or pytensor.config.floatX)],
             structure=structure,
+            marginalize_missing=marginalize_missing,
             extended_signature=f"[rng],[size],{','.join(core_shapes)}->[rng],{core_shapes[0]}",
         )(rng, size, mu, *parts)
 
     def rebuild_rv(self, *args, **kwargs):
         dtype = self.output_types[1].dtype
-        return self.rv_op(*args, structure=self.structure, dtype=dtype, **kwargs)
+        return self.rv_op(
+            *args,
+            structure=self.structure,
+            marginalize_missing=self.marginalize_missing,
+            dtype=dtype,
+            **kwargs,
+        )
 
 
 class KroneckerMvNormalRV(GridMvNormalRV):
@@ -102,7 +122,15 @@ def grid_mvnormal_logp(op, values, rng, size, mu, *parts, **kwargs):
     [value] = values
     covariance = op.covariance(*parts)
     check_value(value, op.output_types[1].shape, covariance.sizes, op.ndim_supp)
-    logp, exists = covariance.log_density(raveled(value - mu, op.ndim_supp))
+    delta = raveled(value - mu, op.ndim_supp)
+    if op.marginalize_missing:
+        cells = raveled(pt.isnan(value), op.ndim_supp)
+        first = cells[(0,) * (cells.type.ndim - 1)]
+        logp, exists = marginal_log_density(covariance, delta, first)
+        msg = "the same missing cells in all values of a batch"
+        logp = check_parameters(logp, pt.eq(cells, first), msg=msg)
+    else:
+        logp, exists = covariance.log_density(delta)
     return check_parameters(logp, exists, msg="posdef covariance")
 
 

@@ -7,7 +7,13 @@ from pytensor.tensor import TensorLike
 from pytensor.tensor.variable import TensorVariable
 
 from pymc_kron.covariances import KroneckerCovariance, KronSumCovariance
-from pymc_kron.distributions.arguments import check_shape, read_factors, read_mu, read_noise
+from pymc_kron.distributions.arguments import (
+    check_shape,
+    read_factors,
+    read_mu,
+    read_noise,
+    read_observed,
+)
 from pymc_kron.distributions.grid_rv import GridMvNormalRV, KroneckerMvNormalRV
 
 
@@ -61,6 +67,11 @@ class KroneckerMvNormal(Continuous):
         covariance over tasks that is independent over inputs.
     lower : bool, default True
         Whether the matrices in `chols` are the lower Cholesky factors.
+    marginalize_missing : bool, default False
+        Whether missing cells, NaN or masked in ``observed``, are integrated out: exactly, with
+        ``O(M^3)`` operations for M of them beside those of the whole grid. They are then predicted
+        with `pymc_kron.predict_missing`. By default they are parameters that are sampled, as of
+        any PyMC distribution.
     **kwargs
         As for any PyMC distribution: ``shape``, ``size``, ``dims``, ``observed``, ``initval``,
         ``transform`` and so on. A stack of observations of shape ``(m, N)`` that shares its
@@ -75,7 +86,8 @@ class KroneckerMvNormal(Continuous):
         If there is no factor, a factor has no description or more than one, the lists differ in
         length, a factor isn't a square matrix, or `mu` or ``shape`` doesn't fit ``N``; if
         `sigma` has an entry for each cell, doesn't come alone, or an entry of `noise_covs`
-        doesn't fit its factor.
+        doesn't fit its factor; if all cells are missing, or with `marginalize_missing` not the
+        same ones in all observations of a batch.
     pymc.logprob.utils.ParameterValueError
         If the covariance isn't positive definite, when the log-density is evaluated. While
         sampling, the log-density is minus infinity. Without noise, each factor has to be
@@ -154,11 +166,31 @@ class KroneckerMvNormal(Continuous):
     rv_type: type[GridMvNormalRV] = KroneckerMvNormalRV
     rv_op = KroneckerMvNormalRV.rv_op
 
-    def __new__(cls, name, *args, dims=None, **kwargs):
+    def __new__(cls, name, *args, dims=None, observed=None, **kwargs):
         """Create the variable in the model, after checking the names of its dimensions."""
         if dims is not None:
             cls._check_dims(dims, *args, **kwargs)
-        return super().__new__(cls, name, *args, dims=dims, **kwargs)
+        if observed is not None:
+            observed = cls._read_observed(observed, dims, *args, **kwargs)
+        return super().__new__(cls, name, *args, dims=dims, observed=observed, **kwargs)
+
+    @classmethod
+    def _read_observed(
+        cls,
+        observed,
+        dims,
+        mu=0,
+        covs=None,
+        *,
+        chols=None,
+        taus=None,
+        evds=None,
+        lower=True,
+        marginalize_missing=False,
+        **kwargs,
+    ):
+        event_ndim = cls.event_ndim(len(read_factors(covs, chols, taus, evds, lower=lower)))
+        return read_observed(observed, dims, event_ndim, marginalize_missing=marginalize_missing)
 
     @classmethod
     def _check_dims(cls, dims, *args, **kwargs) -> None:
@@ -181,6 +213,7 @@ class KroneckerMvNormal(Continuous):
         sigma: TensorLike | None = None,
         noise_covs: Sequence[TensorLike | None] | None = None,
         lower: bool = True,
+        marginalize_missing: bool = False,
         **kwargs,
     ) -> TensorVariable:
         factors = read_factors(covs, chols, taus, evds, lower=lower)
@@ -190,4 +223,9 @@ class KroneckerMvNormal(Continuous):
         check_shape(kwargs.get("shape"), sizes, event_ndim)
         noisy = read_noise(factors, sigma, noise_covs)
         covariance = KroneckerCovariance(factors) if noisy is None else KronSumCovariance(noisy)
-        return super().dist([mu, *covariance.parts], structure=covariance.structure, **kwargs)
+        return super().dist(
+            [mu, *covariance.parts],
+            structure=covariance.structure,
+            marginalize_missing=marginalize_missing,
+            **kwargs,
+        )

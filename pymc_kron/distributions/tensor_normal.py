@@ -2,9 +2,10 @@
 
 from pymc.model.core import modelcontext
 
-from pymc_kron.distributions.arguments import check_dims, current_length, read_factors
+from pymc_kron.distributions.arguments import check_dims, read_factors
 from pymc_kron.distributions.grid_rv import TensorNormalRV
 from pymc_kron.distributions.kronecker_mvnormal import KroneckerMvNormal
+from pymc_kron.structure import current_length
 
 
 class TensorNormal(KroneckerMvNormal):
@@ -31,9 +32,9 @@ class TensorNormal(KroneckerMvNormal):
     mu : tensor_like of float, default 0
         Mean, of shape ``(..., n_1, ..., n_d)`` or broadcastable to it: a mean for each station
         is ``mu_station[:, None]``.
-    covs, chols, taus, evds, sigma, noise_covs, lower
+    covs, chols, taus, evds, sigma, noise_covs, lower, marginalize_missing
         As of `KroneckerMvNormal`: what describes each factor, one for each axis of the grid in
-        their order, and the noise.
+        their order, the noise, and what missing cells are.
     **kwargs
         As for any PyMC distribution. The last d of ``shape`` or ``dims`` are those of the grid.
 
