@@ -19,6 +19,7 @@ from pymc_kron import routines as routines
 from pymc_kron.datasets import load_elnino, load_irish_wind
 from pymc_kron.diagnostics import assert_no_dense_kron, explain
 from pymc_kron.distributions import KroneckerMvNormal, TensorNormal
+from pymc_kron.loo import loo_pointwise
 
 __version__ = "0.4.0"
 
@@ -29,4 +30,5 @@ __all__ = [
     "explain",
     "load_elnino",
     "load_irish_wind",
+    "loo_pointwise",
 ]
