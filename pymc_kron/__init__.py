@@ -20,6 +20,7 @@ from pymc_kron.datasets import load_elnino, load_irish_wind
 from pymc_kron.diagnostics import assert_no_dense_kron, explain
 from pymc_kron.distributions import KroneckerMvNormal, TensorNormal
 from pymc_kron.loo import loo_pointwise
+from pymc_kron.predict_missing import predict_missing
 
 __version__ = "0.4.0"
 
@@ -31,4 +32,5 @@ __all__ = [
     "load_elnino",
     "load_irish_wind",
     "loo_pointwise",
+    "predict_missing",
 ]

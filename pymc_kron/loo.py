@@ -13,25 +13,14 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from pymc.backends.arviz import apply_function_over_dataset, coords_and_dims_for_inferencedata
-from pymc.dims.distributions.core import MeasurableXTensorFromTensor
-from pymc.distributions.distribution import PartialObservedRV
-from pymc.logprob.rewriting import construct_ir_fgraph
 from pymc.model.core import Model, modelcontext
-from pymc.model.transform.conditioning import remove_value_transforms
 from pymc.pytensorf import resolve_backend_compile_kwargs
 from pytensor import tensor as pt
-from pytensor.graph.basic import Variable
-from pytensor.graph.replace import clone_replace
-from pytensor.graph.traversal import ancestors
-from pytensor.tensor.elemwise import DimShuffle
 from pytensor.tensor.variable import TensorVariable
-from pytensor.xtensor import as_xtensor
-from pytensor.xtensor.type import XTensorVariable
 from xarray import Dataset, DataTree
 
 from pymc_kron.covariances import Covariance
-from pymc_kron.distributions.grid_rv import GridMvNormalRV, raveled
+from pymc_kron.likelihoods import Likelihoods, compute_for_draws
 
 __all__ = ["loo_pointwise"]
 
@@ -130,32 +119,20 @@ def loo_pointwise(
         pk.loo_pointwise(idata, model, progressbar=False)
         idata["log_likelihood"]["y"].sel(station="Dublin", day=2).shape
     """
-    model = modelcontext(model)
     compile_kwargs = resolve_backend_compile_kwargs(backend, compile_kwargs)
-    names = _names_of(model, var_names)
-    # The posterior has the values that aren't transformed
-    model = remove_value_transforms(model)
-    densities = _leave_one_out_of(model, names, are_chosen=var_names is not None)
-
-    used = set(ancestors(densities.values()))
-    inputs = [value for value in model.value_vars if value in used]
-    function = model.compile_fn(
-        inputs=inputs, outs=list(densities.values()), on_unused_input="ignore", **compile_kwargs
-    )
-    posterior = idata["posterior"]
-    if isinstance(posterior, DataTree):
-        posterior = posterior.to_dataset()
-    dtypes = {model.values_to_rvs[value].name: value.type.dtype for value in inputs}
-    points = posterior[list(dtypes)].astype(dtypes, copy=False)
-    coords, dims = coords_and_dims_for_inferencedata(model)
-    dataset = apply_function_over_dataset(
-        function,
-        points,
-        output_var_names=list(densities),
+    likelihoods = Likelihoods.of(modelcontext(model), var_names)
+    _check_likelihoods(likelihoods, are_chosen=var_names is not None)
+    densities = {
+        name: grid.arrange(leave_one_out(grid.covariance, grid.value - grid.mu))
+        for name, grid in likelihoods.grids.items()
+    }
+    dataset = compute_for_draws(
+        densities,
+        idata,
+        likelihoods.model,
         sample_dims=sample_dims,
-        dims=dims,
-        coords=coords,
         progressbar=progressbar,
+        **compile_kwargs,
     )
     if not extend_inferencedata:
         return dataset
@@ -172,91 +149,27 @@ def leave_one_out(covariance: Covariance, delta: TensorVariable) -> TensorVariab
     return 0.5 * (pt.log(precision) - solution**2 / precision - math.log(2 * math.pi))
 
 
-def _names_of(model: Model, var_names: Sequence[str] | None) -> list[str]:
-    """Return the names of observed variables, after checking that they are."""
-    observed = [rv.name for rv in model.observed_RVs]
-    unknown = [name for name in var_names or () if name not in observed]
-    if unknown:
+def _check_likelihoods(likelihoods: Likelihoods, *, are_chosen: bool) -> None:
+    """Check that there are likelihoods with a Kronecker covariance, or that all are."""
+    grids, others = likelihoods.grids, likelihoods.others
+    if likelihoods.imputed:
         raise ValueError(
-            f"var_names must name observed variables of the model, which are {observed}, got "
-            f"{unknown}."
+            f"{likelihoods.imputed[0]} has missing cells, which PyMC imputes, so that the others "
+            "aren't observed alone. Leave out the levels of an axis that have missing cells, or "
+            "name the other likelihoods in var_names."
         )
-    return observed if var_names is None else list(var_names)
-
-
-def _leave_one_out_of(
-    model: Model, names: Sequence[str], *, are_chosen: bool
-) -> dict[str, TensorVariable | XTensorVariable]:
-    """Return the log-densities of the cells of each likelihood, given values of the parameters.
-
-    PyMC's intermediate representation of the model has the random variables that its log-density
-    is computed from, after the rewrites of `pymc_kron.logprob`.
-
-    Parameters
-    ----------
-    model
-        A model without transforms.
-    names
-        The names of observed variables.
-    are_chosen
-        Whether they all have to have a Kronecker covariance, rather than one of them.
-    """
-    fgraph = construct_ir_fgraph(model.rvs_to_values)
-    valued = dict(zip((rv.name for rv in model.rvs_to_values), fgraph.outputs, strict=True))
-    densities, others = {}, []
-    for name in names:
-        rv, value = valued[name].owner.inputs
-        density = _density_of(name, rv, value)
-        if density is None:
-            others.append(f"{name} ({_kind_of(rv)})")
-        else:
-            densities[name] = density
-    if not densities or (others and are_chosen):
+    for name, grid in grids.items():
+        if grid.is_missing is not None:
+            raise ValueError(
+                f"{name} has missing cells, which are integrated out. Leave out the levels of an "
+                "axis that have missing cells, or name the other likelihoods in var_names."
+            )
+    if not grids or (others and are_chosen):
+        got = ", ".join(f"{name} ({kind})" for name, kind in others.items())
         raise ValueError(
             "Leaving one cell out needs an observed KroneckerMvNormal or TensorNormal, or a "
             "pm.MvNormal whose covariance is written with pt.linalg.kron, got "
-            f"{'var_names' if are_chosen else 'observed variables'} {', '.join(others) or 'none'}. "
+            f"{'var_names' if are_chosen else 'observed variables'} {got or 'none'}. "
             "pm.compute_log_likelihood is for other likelihoods; pymc_kron.explain(model) says why "
             "a covariance isn't seen to be a Kronecker product."
         )
-    values = {output: output.owner.inputs[1] for output in fgraph.outputs}
-    return dict(zip(densities, clone_replace(list(densities.values()), values), strict=True))
-
-
-def _density_of(
-    name: str, rv: Variable, value: Variable
-) -> TensorVariable | XTensorVariable | None:
-    """Return the log-densities of the cells, or None if there is no Kronecker covariance."""
-    node = rv.owner
-    match node.op:
-        case GridMvNormalRV():
-            _rng, _size, mu, *parts = node.inputs
-            event_ndim = node.op.ndim_supp
-            covariance = node.op.covariance(*parts)
-            density = leave_one_out(covariance, raveled(value - mu, event_ndim))
-            if event_ndim == 1:
-                return density
-            return density.reshape((*tuple(density.shape)[:-1], *covariance.sizes))
-        case MeasurableXTensorFromTensor(dims=dims):
-            [tensor] = node.inputs
-            if isinstance(tensor.owner.op, DimShuffle):
-                order = tensor.owner.op.new_order
-                [tensor] = tensor.owner.inputs
-            else:
-                order = range(len(dims))
-            tensor_dims = [dim for _, dim in sorted(zip(order, dims, strict=True))]
-            density = _density_of(name, tensor, value.transpose(*tensor_dims).values)
-            if density is None:
-                return None
-            return as_xtensor(density, dims=tensor_dims).transpose(*dims)
-        case PartialObservedRV() if isinstance(node.inputs[0].owner.op, GridMvNormalRV):
-            raise ValueError(
-                f"{name} has missing cells, which PyMC imputes, so that the others aren't observed "
-                "alone. Leave out the levels of an axis that have missing cells, or name the other "
-                "likelihoods in var_names."
-            )
-    return None
-
-
-def _kind_of(rv: Variable) -> str:
-    return getattr(rv.owner.op, "_print_name", (type(rv.owner.op).__name__,))[0]
