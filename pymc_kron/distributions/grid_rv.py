@@ -9,14 +9,18 @@ from pymc.distributions.distribution import SymbolicRandomVariable, _support_poi
 from pymc.distributions.moments.means import _mean
 from pymc.distributions.shape_utils import implicit_size_from_params, rv_size_is_none
 from pymc.logprob.abstract import _logprob
+from pymc.logprob.transform_value import TransformedValue
 from pymc.pytensorf import normalize_rng_param
 from pytensor import tensor as pt
+from pytensor.graph.basic import equal_computations
 from pytensor.graph.replace import _vectorize_node
 from pytensor.tensor.random.utils import normalize_size_param
 from pytensor.tensor.variable import TensorVariable
 
 from pymc_kron.covariances import Covariance, Structure, covariance_of
 from pymc_kron.distributions.arguments import check_value, event_of
+
+HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 
 
 class GridMvNormalRV(SymbolicRandomVariable):
@@ -59,11 +63,9 @@ class GridMvNormalRV(SymbolicRandomVariable):
             # PyMC resizes a variable by its size, which therefore has to be there
             size = implicit_size_from_params(mu, *parts, ndims_params=ndims_params)
         next_rng, z = pt.random.normal(
-            size=(*size, math.prod(sizes)), rng=rng, return_next_rng=True
+            size=(*size, *event_of(sizes, ndims_params[0])), rng=rng, return_next_rng=True
         )
-        colored = covariance.color(z)
-        event_shape = event_of(sizes, ndims_params[0])
-        draws = mu + colored.reshape((*tuple(colored.shape)[:-1], *event_shape))
+        draws = colored(covariance, mu, z, ndims_params[0])
         return cls(
             inputs=[rng, size, mu, *parts],
             outputs=[next_rng, draws.astype(dtype or pytensor.config.floatX)],
@@ -102,6 +104,12 @@ def grid_mvnormal_logp(op, values, rng, size, mu, *parts, **kwargs):
     [value] = values
     covariance = op.covariance(*parts)
     check_value(value, op.output_types[1].shape, covariance.sizes, op.ndim_supp)
+    z = whitened(value, covariance, mu, op.ndim_supp)
+    if z is not None:
+        # The determinant comes last, where it cancels against that of the Jacobian
+        logp = -0.5 * (z**2).sum(axis=-1) - math.prod(covariance.sizes) * HALF_LOG_2PI
+        logp = check_parameters(logp, covariance.exists, msg="posdef covariance")
+        return logp - half_logdet(covariance, z)
     logp, exists = covariance.log_density(raveled(value - mu, op.ndim_supp))
     return check_parameters(logp, exists, msg="posdef covariance")
 
@@ -126,6 +134,32 @@ def vectorize_grid_mvnormal(op, node, rng, size, *params):
         aligned.append(new)
     implied = tuple(implicit_size_from_params(*aligned, ndims_params=op.ndims_params))
     return op.rebuild_rv(*aligned, size=(*implied[:n_new], *tuple(size)), rng=rng).owner
+
+
+def colored(
+    covariance: Covariance, mu: TensorVariable, z: TensorVariable, event_ndim: int
+) -> TensorVariable:
+    """Return ``mu + R z`` for vectors ``(..., N)`` or grids ``(..., n_1, ..., n_d)``."""
+    vectors = covariance.color(raveled(z, event_ndim))
+    return mu + vectors.reshape((*tuple(vectors.shape)[:-1], *tuple(z.shape)[-event_ndim:]))
+
+
+def half_logdet(covariance: Covariance, z: TensorVariable) -> TensorVariable:
+    """Return ``log|det R|`` for each of a batch of vectors, ``(..., N)->(...)``."""
+    half = 0.5 * covariance.logdet
+    return pt.broadcast_to(half, tuple(z.shape)[:-1]) if z.type.ndim > 1 else half
+
+
+def whitened(
+    value: TensorVariable, covariance: Covariance, mu: TensorVariable, event_ndim: int
+) -> TensorVariable | None:
+    """Return the vectors ``z`` if a value was transformed from them, ``mu + R z``."""
+    match value.owner_op_and_inputs:
+        case (TransformedValue(), x, z) if equal_computations(
+            [x], [colored(covariance, mu, z, event_ndim)]
+        ):
+            return raveled(z, event_ndim)
+    return None
 
 
 def raveled(value: TensorVariable, event_ndim: int) -> TensorVariable:

@@ -3,12 +3,13 @@
 from collections.abc import Sequence
 
 from pymc.distributions.continuous import Continuous
+from pymc.util import UNSET
 from pytensor.tensor import TensorLike
 from pytensor.tensor.variable import TensorVariable
 
-from pymc_kron.covariances import KroneckerCovariance, KronSumCovariance
-from pymc_kron.distributions.arguments import check_shape, read_factors, read_mu, read_noise
+from pymc_kron.distributions.arguments import check_shape, read_covariance, read_mu
 from pymc_kron.distributions.grid_rv import GridMvNormalRV, KroneckerMvNormalRV
+from pymc_kron.transforms import WhitenTransform
 
 
 class KroneckerMvNormal(Continuous):
@@ -154,11 +155,32 @@ class KroneckerMvNormal(Continuous):
     rv_type: type[GridMvNormalRV] = KroneckerMvNormalRV
     rv_op = KroneckerMvNormalRV.rv_op
 
-    def __new__(cls, name, *args, dims=None, **kwargs):
+    def __new__(cls, name, *args, dims=None, transform=UNSET, **kwargs):
         """Create the variable in the model, after checking the names of its dimensions."""
         if dims is not None:
             cls._check_dims(dims, *args, **kwargs)
-        return super().__new__(cls, name, *args, dims=dims, **kwargs)
+        if isinstance(transform, WhitenTransform):
+            transform = cls._transform_of(transform, *args, **kwargs)
+        return super().__new__(cls, name, *args, dims=dims, transform=transform, **kwargs)
+
+    @classmethod
+    def _transform_of(
+        cls,
+        transform: WhitenTransform,
+        mu=0,
+        covs=None,
+        *,
+        chols=None,
+        taus=None,
+        evds=None,
+        sigma=None,
+        noise_covs=None,
+        lower=True,
+        **kwargs,
+    ) -> WhitenTransform:
+        """Tell a transform, which PyMC doesn't pass the variable, what the covariance is."""
+        covariance = read_covariance(covs, chols, taus, evds, sigma, noise_covs, lower=lower)
+        return transform.given(covariance.structure, cls.event_ndim(len(covariance.sizes)))
 
     @classmethod
     def _check_dims(cls, dims, *args, **kwargs) -> None:
@@ -183,11 +205,9 @@ class KroneckerMvNormal(Continuous):
         lower: bool = True,
         **kwargs,
     ) -> TensorVariable:
-        factors = read_factors(covs, chols, taus, evds, lower=lower)
-        sizes = [factor.size for factor in factors]
-        event_ndim = cls.event_ndim(len(factors))
+        covariance = read_covariance(covs, chols, taus, evds, sigma, noise_covs, lower=lower)
+        sizes = covariance.sizes
+        event_ndim = cls.event_ndim(len(sizes))
         mu = read_mu(mu, sizes, event_ndim)
         check_shape(kwargs.get("shape"), sizes, event_ndim)
-        noisy = read_noise(factors, sigma, noise_covs)
-        covariance = KroneckerCovariance(factors) if noisy is None else KronSumCovariance(noisy)
         return super().dist([mu, *covariance.parts], structure=covariance.structure, **kwargs)
