@@ -12,10 +12,16 @@ from pymc.logprob.abstract import _logprob
 from pymc.logprob.transform_value import TransformedValue
 from pymc.pytensorf import normalize_rng_param
 from pytensor import tensor as pt
+from pytensor.compile.mode import optdb
 from pytensor.graph.basic import equal_computations
-from pytensor.graph.replace import _vectorize_node
+from pytensor.graph.fg import FunctionGraph
+from pytensor.graph.replace import _vectorize_node, clone_replace
+from pytensor.graph.rewriting.basic import SequentialGraphRewriter, in2out
+from pytensor.tensor.elemwise import DimShuffle
 from pytensor.tensor.random.utils import normalize_size_param
+from pytensor.tensor.rewriting.elemwise import local_dimshuffle_lift
 from pytensor.tensor.variable import TensorVariable
+from pytensor.xtensor.basic import TensorFromXTensor
 
 from pymc_kron.covariances import Covariance, Structure, covariance_of
 from pymc_kron.distributions.arguments import check_value, event_of
@@ -154,12 +160,25 @@ def whitened(
     value: TensorVariable, covariance: Covariance, mu: TensorVariable, event_ndim: int
 ) -> TensorVariable | None:
     """Return the vectors ``z`` if a value was transformed from them, ``mu + R z``."""
-    match value.owner_op_and_inputs:
-        case (TransformedValue(), x, z) if equal_computations(
-            [x], [colored(covariance, mu, z, event_ndim)]
-        ):
-            return raveled(z, event_ndim)
-    return None
+    transformed = value
+    while not isinstance(transformed.owner_op, TransformedValue):
+        # Dims are taken off after the transform
+        match transformed.owner_op_and_inputs:
+            case (TensorFromXTensor() | DimShuffle(), transformed):
+                continue
+        return None
+    x, z = (
+        clone_replace(value, {transformed: before}) for before in transformed.owner.inputs
+    )
+    fgraph = FunctionGraph(outputs=[x, colored(covariance, mu, z, event_ndim)], clone=True)
+    without_dims.rewrite(fgraph)
+    x, expected = fgraph.outputs
+    return raveled(z, event_ndim) if equal_computations([x], [expected]) else None
+
+
+without_dims = SequentialGraphRewriter(
+    optdb.query("+lower_xtensor"), in2out(local_dimshuffle_lift, name="lift_dimshuffles")
+)
 
 
 def raveled(value: TensorVariable, event_ndim: int) -> TensorVariable:
