@@ -1,8 +1,14 @@
 """Transforms of the distributions: a latent field in the coordinates in which it is white.
 
-With ``K = R R'`` the field ``x = mu + R z`` has standard normal ``z``, whatever the factors are: the
-non-centred parametrization (Papaspiliopoulos, O., Roberts, G. O. and Sköld, M. (2007), "A general
-framework for the parametrization of hierarchical models", Statistical Science 22(1), 59-73).
+With ``K = R R'``, the field ``x = mu + R z`` has standard normal ``z`` whatever the factors are:
+the non-centred parametrization (Papaspiliopoulos, O., Roberts, G. O. and Sköld, M. (2007), "A
+general framework for the parametrization of hierarchical models", Statistical Science 22(1),
+59-73). Its log-density takes no solve and no determinant::
+
+    log N(mu + R z; mu, K) + log|det R| = -1/2 |z|^2 - N/2 log(2 pi)
+
+The log-density of the distribution sees by itself that its value is ``mu + R z``; see
+`pymc_kron.distributions.grid_rv`.
 """
 
 from dataclasses import dataclass
@@ -68,10 +74,10 @@ class WhitenTransform(Transform):
         return half_logdet(covariance, raveled(value, self.ndim_supp))
 
     def _parameters(self, value, inputs) -> tuple[Covariance, TensorVariable]:
-        if self.structure is None:
-            raise _unfit(value)
-        _rng, _size, mu, *parts = inputs
-        return covariance_of(self.structure, parts), mu
+        match inputs:
+            case (_rng, _size, mu, *parts) if self.structure is not None and parts:
+                return covariance_of(self.structure, parts), mu
+        raise _unfit(value)
 
 
 def _unfit(value) -> TypeError:

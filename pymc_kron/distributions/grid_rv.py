@@ -167,9 +167,7 @@ def whitened(
             case (TensorFromXTensor() | DimShuffle(), transformed):
                 continue
         return None
-    x, z = (
-        clone_replace(value, {transformed: before}) for before in transformed.owner.inputs
-    )
+    x, z = (clone_replace(value, {transformed: before}) for before in transformed.owner.inputs)
     fgraph = FunctionGraph(outputs=[x, colored(covariance, mu, z, event_ndim)], clone=True)
     without_dims.rewrite(fgraph)
     x, expected = fgraph.outputs
