@@ -23,7 +23,7 @@ from pytensor.xtensor.type import XTensorVariable
 
 from pymc_kron.distributions.arguments import check_dims, current_length, read_list
 from pymc_kron.distributions.tensor_normal import TensorNormal
-from pymc_kron.transforms import WhitenTransform, whiten
+from pymc_kron.transforms import WhitenTransform, check_latent, whiten
 
 __all__ = ["KroneckerMvNormal"]
 
@@ -113,6 +113,7 @@ class KroneckerMvNormal(DimDistribution):
         if dims is None and observed is None:
             dims = (..., *(axis for axis, _ in _read_core_dims(core_dims)))
         if isinstance(transform, WhitenTransform):
+            check_latent(observed)
             transform = DimWhitenTransform()
         return super().__new__(
             cls,
@@ -179,6 +180,8 @@ class KroneckerMvNormal(DimDistribution):
         }
         mu = mean.lowered(batch, axes)
         if extra:
+            # Before the dims of batches, which a mean without them hasn't
+            mu = pt.atleast_Nd(mu, n=len(batch) + len(axes))
             mu = pt.broadcast_to(mu, (*extra.values(), *tuple(mu.shape)))
         grid = TensorNormal.dist(mu, lower=lower, **_lowered(arguments, batch), **kwargs)
         lengths = {dim: current_length(length) for dim, length in (dim_lengths or {}).items()}

@@ -9,7 +9,7 @@ from pytensor.tensor.variable import TensorVariable
 
 from pymc_kron.distributions.arguments import check_shape, read_covariance, read_mu
 from pymc_kron.distributions.grid_rv import GridMvNormalRV, KroneckerMvNormalRV
-from pymc_kron.transforms import WhitenTransform
+from pymc_kron.transforms import WhitenTransform, check_latent
 
 
 class KroneckerMvNormal(Continuous):
@@ -176,9 +176,11 @@ class KroneckerMvNormal(Continuous):
         sigma=None,
         noise_covs=None,
         lower=True,
+        observed=None,
         **kwargs,
     ) -> WhitenTransform:
-        """Tell a transform, which PyMC doesn't pass the variable, what the covariance is."""
+        """Tell a transform, to which PyMC doesn't, what the covariance is."""
+        check_latent(observed)
         covariance = read_covariance(covs, chols, taus, evds, sigma, noise_covs, lower=lower)
         return transform.given(covariance.structure, cls.event_ndim(len(covariance.sizes)))
 
