@@ -67,6 +67,11 @@ class Covariance(ABC):
     def logdet(self) -> TensorVariable:
         """The log-determinant of ``K``, ``(...)``."""
 
+    @property
+    @abstractmethod
+    def exists(self) -> TensorVariable:
+        """Whether ``K`` is positive definite, ``(...)``."""
+
     @abstractmethod
     def color(self, z: TensorVariable) -> TensorVariable:
         """Return ``R z``: ``(N)->(N)``."""
@@ -140,6 +145,10 @@ class KroneckerCovariance(Covariance):
         return sum(
             copies_of(self.sizes, i) * factor.root().logdet for i, factor in enumerate(self.factors)
         )
+
+    @property
+    def exists(self):
+        return reduce(pt.and_, [factor.root().exists for factor in self.factors])
 
     def color(self, z):
         return self._apply([factor.root().color for factor in self.factors], z)
@@ -219,6 +228,10 @@ class KronSumCovariance(Covariance):
     def logdet(self):
         _, logdet = KronSumSLogDet(layout=self.structure)(*self.parts)
         return logdet
+
+    @property
+    def exists(self):
+        return pt.all(pt.gt(self._basis.values, 0), axis=-1)
 
     def color(self, z):
         basis = self._basis

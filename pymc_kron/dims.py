@@ -12,15 +12,20 @@ from typing import Any
 
 import numpy as np
 from pymc.dims.distributions.core import DimDistribution
+from pymc.dims.distributions.transforms import DimTransform
+from pymc.util import UNSET
 from pytensor import tensor as pt
-from pytensor.graph.basic import Constant
+from pytensor.graph.basic import Constant, Variable
+from pytensor.tensor.elemwise import DimShuffle
 from pytensor.tensor.variable import TensorVariable
 from pytensor.xtensor import as_xtensor
+from pytensor.xtensor.basic import XTensorFromTensor
 from pytensor.xtensor.type import XTensorVariable
 
 from pymc_kron.distributions.arguments import check_dims, check_missing, read_list
 from pymc_kron.distributions.tensor_normal import TensorNormal
 from pymc_kron.structure import current_length, evaluated
+from pymc_kron.transforms import WhitenTransform, check_latent, whiten
 
 __all__ = ["KroneckerMvNormal"]
 
@@ -107,14 +112,26 @@ class KroneckerMvNormal(DimDistribution):
         prior.prior["y"].sel(station="Dublin").sizes
     """
 
-    def __new__(cls, name, *args, core_dims=None, dims=None, observed=None, **kwargs):
+    def __new__(
+        cls, name, *args, core_dims=None, dims=None, observed=None, transform=UNSET, **kwargs
+    ):
         """Create the variable in the model, in which the axes of the grid are dims."""
         if observed is not None:
             _check_observed(observed, core_dims, kwargs.get("marginalize_missing", False))
         if dims is None and observed is None:
             dims = (..., *(axis for axis, _ in _read_core_dims(core_dims)))
+        if isinstance(transform, WhitenTransform):
+            check_latent(observed)
+            transform = DimWhitenTransform()
         return super().__new__(
-            cls, name, *args, core_dims=core_dims, dims=dims, observed=observed, **kwargs
+            cls,
+            name,
+            *args,
+            core_dims=core_dims,
+            dims=dims,
+            observed=observed,
+            transform=transform,
+            **kwargs,
         )
 
     @classmethod
@@ -172,6 +189,8 @@ class KroneckerMvNormal(DimDistribution):
         }
         mu = mean.lowered(batch, axes)
         if extra:
+            # Before the dims of batches, which a mean without them hasn't
+            mu = pt.atleast_Nd(mu, n=len(batch) + len(axes))
             mu = pt.broadcast_to(mu, (*extra.values(), *tuple(mu.shape)))
         grid = TensorNormal.dist(
             mu,
@@ -183,6 +202,39 @@ class KroneckerMvNormal(DimDistribution):
         lengths = {dim: current_length(length) for dim, length in (dim_lengths or {}).items()}
         check_dims(axes, lengths, grid.type.shape[-len(axes) :])
         return as_xtensor(grid, dims=(*extra, *batch, *axes))
+
+
+class DimWhitenTransform(DimTransform):
+    """The transform `pymc_kron.transforms.whiten` of variables with dims."""
+
+    name = whiten.name
+
+    def forward(self, value, *inputs):
+        return self._mapped(WhitenTransform.forward, value, inputs)
+
+    def backward(self, value, *inputs):
+        return self._mapped(WhitenTransform.backward, value, inputs)
+
+    def log_jac_det(self, value, *inputs):
+        grid, dims = _grid_of(*inputs, value.type.dims)
+        transform = whiten.of(grid)
+        jacobian = transform.log_jac_det(value.transpose(*dims).values, *grid.owner.inputs)
+        return as_xtensor(jacobian, dims=dims[: -transform.ndim_supp])
+
+    def _mapped(self, mapping, value, inputs):
+        grid, dims = _grid_of(*inputs, value.type.dims)
+        mapped = mapping(whiten.of(grid), value.transpose(*dims).values, *grid.owner.inputs)
+        return as_xtensor(mapped, dims=dims).transpose(*value.type.dims)
+
+
+def _grid_of(var: Variable, dims: Sequence[str]) -> tuple[TensorVariable, tuple[str, ...]]:
+    """Return the variable behind one with dims, and its dims in the order that it has them."""
+    match var.owner_op_and_inputs:
+        case (XTensorFromTensor(), grid):
+            return _grid_of(grid, var.type.dims)
+        case (DimShuffle(new_order=new_order), grid):
+            return _grid_of(grid, [dims[new_order.index(i)] for i in range(grid.type.ndim)])
+    return var, tuple(dims)
 
 
 @dataclass(frozen=True)

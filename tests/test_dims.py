@@ -84,6 +84,23 @@ def test_log_density_against_dense(name, dims):
     assert_allclose(gradient, expected.ravel(), rtol=1e-8)
 
 
+def test_a_dim_of_the_model_beside_a_batch_of_a_factor():
+    arguments, dense = PARAMETERS["batch"]
+    with pm.Model(coords={**COORDS, "sample": range(5)}) as model:
+        x = pkd.KroneckerMvNormal(
+            "x",
+            named([1.0, 2.0], "station"),
+            core_dims=PAIRS,
+            dims=("sample", "year", "station", "day"),
+            **arguments,
+        )
+    value = RNG.normal(size=(5, 4, 2, 3))
+    assert pm.draw(x, random_seed=1, mode=PY).shape == value.shape
+    logp = model.compile_logp(mode=EXACT)({"x": value})
+    mean = np.broadcast_to([[1.0], [2.0]], (2, 3))
+    assert_allclose(logp, dense_logp(value, mean, dense).sum(), rtol=1e-10)
+
+
 @pytest.mark.parametrize("mu", [0.5, named([1.0, 2.0], "station"), named([1.0, 2.0, 3.0], "day")])
 def test_means(mu):
     arguments, dense = PARAMETERS["sigma"]

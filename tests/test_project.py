@@ -13,7 +13,11 @@ import pymc_kron.dims
 
 ROOT = Path(__file__).parent.parent
 PUBLIC = {name: getattr(pymc_kron, name) for name in pymc_kron.__all__}
-DOCUMENTED = {**PUBLIC, "dims.KroneckerMvNormal": pymc_kron.dims.KroneckerMvNormal}
+DOCUMENTED = {
+    **PUBLIC,
+    "dims.KroneckerMvNormal": pymc_kron.dims.KroneckerMvNormal,
+    "transforms.whiten": pymc_kron.transforms.whiten,
+}
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 

@@ -11,6 +11,7 @@ from pytensor import tensor as pt
 from pytensor.tensor import TensorLike
 from pytensor.tensor.variable import TensorVariable
 
+from pymc_kron.covariances import Covariance, KroneckerCovariance, KronSumCovariance
 from pymc_kron.factors import Factor, Form
 from pymc_kron.kron_sum import KronSum, Layout
 from pymc_kron.structure import Size, current_length, is_provably_not_square
@@ -54,6 +55,15 @@ def read_factors(covs, chols, taus, evds, *, lower: bool) -> list[Factor]:
         [(form, entry)] = described.items()
         factors.append(_read_factor(form, f"{form}s[{i}]", entry, lower=lower))
     return factors
+
+
+def read_covariance(
+    covs, chols, taus, evds, sigma: TensorLike | None, noise_covs: Any, *, lower: bool
+) -> Covariance:
+    """Return the covariance of factors, without noise or with it."""
+    factors = read_factors(covs, chols, taus, evds, lower=lower)
+    noisy = read_noise(factors, sigma, noise_covs)
+    return KroneckerCovariance(factors) if noisy is None else KronSumCovariance(noisy)
 
 
 def read_list(name: str, entries: Any, entry: str, example: str) -> Sequence:

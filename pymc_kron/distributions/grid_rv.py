@@ -9,15 +9,25 @@ from pymc.distributions.distribution import SymbolicRandomVariable, _support_poi
 from pymc.distributions.moments.means import _mean
 from pymc.distributions.shape_utils import implicit_size_from_params, rv_size_is_none
 from pymc.logprob.abstract import _logprob
+from pymc.logprob.transform_value import TransformedValue
 from pymc.pytensorf import normalize_rng_param
 from pytensor import tensor as pt
-from pytensor.graph.replace import _vectorize_node
+from pytensor.compile.mode import optdb
+from pytensor.graph.basic import equal_computations
+from pytensor.graph.fg import FunctionGraph
+from pytensor.graph.replace import _vectorize_node, clone_replace
+from pytensor.graph.rewriting.basic import SequentialGraphRewriter, in2out
+from pytensor.tensor.elemwise import DimShuffle
 from pytensor.tensor.random.utils import normalize_size_param
+from pytensor.tensor.rewriting.elemwise import local_dimshuffle_lift
 from pytensor.tensor.variable import TensorVariable
+from pytensor.xtensor.basic import TensorFromXTensor
 
 from pymc_kron.covariances import Covariance, Structure, covariance_of
 from pymc_kron.distributions.arguments import check_value, event_of
 from pymc_kron.missing import marginal_log_density
+
+HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 
 
 class GridMvNormalRV(SymbolicRandomVariable):
@@ -72,11 +82,9 @@ class GridMvNormalRV(SymbolicRandomVariable):
             # PyMC resizes a variable by its size, which therefore has to be there
             size = implicit_size_from_params(mu, *parts, ndims_params=ndims_params)
         next_rng, z = pt.random.normal(
-            size=(*size, math.prod(sizes)), rng=rng, return_next_rng=True
+            size=(*size, *event_of(sizes, ndims_params[0])), rng=rng, return_next_rng=True
         )
-        colored = covariance.color(z)
-        event_shape = event_of(sizes, ndims_params[0])
-        draws = mu + colored.reshape((*tuple(colored.shape)[:-1], *event_shape))
+        draws = colored(covariance, mu, z, ndims_params[0])
         return cls(
             inputs=[rng, size, mu, *parts],
             outputs=[next_rng, draws.astype(dtype or pytensor.config.floatX)],
@@ -122,16 +130,22 @@ def grid_mvnormal_logp(op, values, rng, size, mu, *parts, **kwargs):
     [value] = values
     covariance = op.covariance(*parts)
     check_value(value, op.output_types[1].shape, covariance.sizes, op.ndim_supp)
+    z = whitened(value, covariance, mu, op.ndim_supp)
+    if z is not None:
+        # The determinant comes last, where it cancels against that of the Jacobian
+        logp = -0.5 * (z**2).sum(axis=-1) - math.prod(covariance.sizes) * HALF_LOG_2PI
+        logp = check_parameters(logp, covariance.exists, msg="posdef covariance")
+        return logp - half_logdet(covariance, z)
     delta = raveled(value - mu, op.ndim_supp)
-    if op.marginalize_missing:
-        cells = raveled(pt.isnan(value), op.ndim_supp)
-        first = cells[(0,) * (cells.type.ndim - 1)]
-        logp, exists = marginal_log_density(covariance, delta, first)
-        msg = "the same missing cells in all values of a batch"
-        logp = check_parameters(logp, pt.eq(cells, first), msg=msg)
-    else:
+    if not op.marginalize_missing:
         logp, exists = covariance.log_density(delta)
-    return check_parameters(logp, exists, msg="posdef covariance")
+        return check_parameters(logp, exists, msg="posdef covariance")
+    is_missing = raveled(pt.isnan(value), op.ndim_supp)
+    first = is_missing[(0,) * (is_missing.type.ndim - 1)]
+    logp, exists = marginal_log_density(covariance, delta, first)
+    logp = check_parameters(logp, exists, msg="posdef covariance")
+    msg = "the same missing cells in all values of a batch"
+    return check_parameters(logp, pt.eq(is_missing, first), msg=msg)
 
 
 @_mean.register(GridMvNormalRV)
@@ -154,6 +168,43 @@ def vectorize_grid_mvnormal(op, node, rng, size, *params):
         aligned.append(new)
     implied = tuple(implicit_size_from_params(*aligned, ndims_params=op.ndims_params))
     return op.rebuild_rv(*aligned, size=(*implied[:n_new], *tuple(size)), rng=rng).owner
+
+
+def colored(
+    covariance: Covariance, mu: TensorVariable, z: TensorVariable, event_ndim: int
+) -> TensorVariable:
+    """Return ``mu + R z`` for vectors ``(..., N)`` or grids ``(..., n_1, ..., n_d)``."""
+    vectors = covariance.color(raveled(z, event_ndim))
+    return mu + vectors.reshape((*tuple(vectors.shape)[:-1], *tuple(z.shape)[-event_ndim:]))
+
+
+def half_logdet(covariance: Covariance, z: TensorVariable) -> TensorVariable:
+    """Return ``log|det R|`` for each of a batch of vectors, ``(..., N)->(...)``."""
+    half = 0.5 * covariance.logdet
+    return pt.broadcast_to(half, tuple(z.shape)[:-1]) if z.type.ndim > 1 else half
+
+
+def whitened(
+    value: TensorVariable, covariance: Covariance, mu: TensorVariable, event_ndim: int
+) -> TensorVariable | None:
+    """Return the vectors ``z`` if a value was transformed from them, ``mu + R z``."""
+    transformed = value
+    while not isinstance(transformed.owner_op, TransformedValue):
+        # Dims are taken off after the transform
+        match transformed.owner_op_and_inputs:
+            case (TensorFromXTensor() | DimShuffle(), transformed):
+                continue
+        return None
+    x, z = (clone_replace(value, {transformed: before}) for before in transformed.owner.inputs)
+    fgraph = FunctionGraph(outputs=[x, colored(covariance, mu, z, event_ndim)], clone=True)
+    without_dims.rewrite(fgraph)
+    x, expected = fgraph.outputs
+    return raveled(z, event_ndim) if equal_computations([x], [expected]) else None
+
+
+without_dims = SequentialGraphRewriter(
+    optdb.query("+lower_xtensor"), in2out(local_dimshuffle_lift, name="lift_dimshuffles")
+)
 
 
 def raveled(value: TensorVariable, event_ndim: int) -> TensorVariable:

@@ -3,18 +3,19 @@
 from collections.abc import Sequence
 
 from pymc.distributions.continuous import Continuous
+from pymc.util import UNSET
 from pytensor.tensor import TensorLike
 from pytensor.tensor.variable import TensorVariable
 
-from pymc_kron.covariances import KroneckerCovariance, KronSumCovariance
 from pymc_kron.distributions.arguments import (
     check_shape,
+    read_covariance,
     read_factors,
     read_mu,
-    read_noise,
     read_observed,
 )
 from pymc_kron.distributions.grid_rv import GridMvNormalRV, KroneckerMvNormalRV
+from pymc_kron.transforms import WhitenTransform, check_latent
 
 
 class KroneckerMvNormal(Continuous):
@@ -166,13 +167,18 @@ class KroneckerMvNormal(Continuous):
     rv_type: type[GridMvNormalRV] = KroneckerMvNormalRV
     rv_op = KroneckerMvNormalRV.rv_op
 
-    def __new__(cls, name, *args, dims=None, observed=None, **kwargs):
+    def __new__(cls, name, *args, dims=None, observed=None, transform=UNSET, **kwargs):
         """Create the variable in the model, after checking the names of its dimensions."""
         if dims is not None:
             cls._check_dims(dims, *args, **kwargs)
         if observed is not None:
             observed = cls._read_observed(observed, dims, *args, **kwargs)
-        return super().__new__(cls, name, *args, dims=dims, observed=observed, **kwargs)
+        if isinstance(transform, WhitenTransform):
+            check_latent(observed)
+            transform = cls._transform_of(transform, *args, **kwargs)
+        return super().__new__(
+            cls, name, *args, dims=dims, observed=observed, transform=transform, **kwargs
+        )
 
     @classmethod
     def _read_observed(
@@ -189,8 +195,28 @@ class KroneckerMvNormal(Continuous):
         marginalize_missing=False,
         **kwargs,
     ):
+        """Read observations, in which cells may be missing."""
         event_ndim = cls.event_ndim(len(read_factors(covs, chols, taus, evds, lower=lower)))
         return read_observed(observed, dims, event_ndim, marginalize_missing=marginalize_missing)
+
+    @classmethod
+    def _transform_of(
+        cls,
+        transform: WhitenTransform,
+        mu=0,
+        covs=None,
+        *,
+        chols=None,
+        taus=None,
+        evds=None,
+        sigma=None,
+        noise_covs=None,
+        lower=True,
+        **kwargs,
+    ) -> WhitenTransform:
+        """Tell a transform, to which PyMC doesn't, what the covariance is."""
+        covariance = read_covariance(covs, chols, taus, evds, sigma, noise_covs, lower=lower)
+        return transform.given(covariance.structure, cls.event_ndim(len(covariance.sizes)))
 
     @classmethod
     def _check_dims(cls, dims, *args, **kwargs) -> None:
@@ -216,13 +242,11 @@ class KroneckerMvNormal(Continuous):
         marginalize_missing: bool = False,
         **kwargs,
     ) -> TensorVariable:
-        factors = read_factors(covs, chols, taus, evds, lower=lower)
-        sizes = [factor.size for factor in factors]
-        event_ndim = cls.event_ndim(len(factors))
+        covariance = read_covariance(covs, chols, taus, evds, sigma, noise_covs, lower=lower)
+        sizes = covariance.sizes
+        event_ndim = cls.event_ndim(len(sizes))
         mu = read_mu(mu, sizes, event_ndim)
         check_shape(kwargs.get("shape"), sizes, event_ndim)
-        noisy = read_noise(factors, sigma, noise_covs)
-        covariance = KroneckerCovariance(factors) if noisy is None else KronSumCovariance(noisy)
         return super().dist(
             [mu, *covariance.parts],
             structure=covariance.structure,

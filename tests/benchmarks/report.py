@@ -20,6 +20,8 @@ IMPLEMENTATIONS = [
     "NumPyro",
     "JAX by hand",
 ]
+LATENT = {"bernoulli": "Bernoulli", "poisson": "Poisson", "counts": "Poisson"}
+MEDIANS = ("ess", "gradients")
 GRADIENTS = [work for work in WORKS.values() if work.with_gradient]
 
 
@@ -40,6 +42,7 @@ def write(results: Path, docs: Path):
         "elnino": elnino_table(parts),
         "cold": cold_table(parts),
         "solve": solve_table(parts),
+        "non-centred": non_centred_table(parts),
     }
     page = docs / "benchmarks.md"
     text = page.read_text()
@@ -209,6 +212,29 @@ def solve_table(parts):
             [n, f"{n**2:,}", *map(microseconds, (bundle, without)), ratio(without / bundle)]
         )
     return table(["n", "N", "with the bundle, us", "without, us", "ratio"], rows)
+
+
+def non_centred_table(parts):
+    rows = []
+    for name, observations in LATENT.items():
+        if (part := parts.get(f"non_centred/{name}")) is None:
+            continue
+        rates = {}
+        for transform, runs in part["runs"].items():
+            rates[transform] = np.median([run["ess"] / run["seconds"] for run in runs])
+            rows.append(
+                [
+                    f"{observations}, mean {part['mean']:.2g}",
+                    transform,
+                    f"{rates[transform]:,.1f}",
+                    ratio(rates[transform] / rates["centred"]),
+                    *(f"{np.median([run[key] for run in runs]):,.0f}" for key in MEDIANS),
+                    f"{max(run['r_hat'] for run in runs):.3f}",
+                    max(run["divergences"] for run in runs),
+                ]
+            )
+    header = ["data", "", "ESS a second", "ratio", "least ESS", "gradients"]
+    return table([*header, "worst R-hat", "most divergences"], rows)
 
 
 def plot(ratios, path):
