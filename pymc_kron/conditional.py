@@ -136,7 +136,7 @@ def conditional(
     Notes
     -----
     Add it to the model after sampling. The draws are computed from standard normal variables
-    ``{name}_rotated_``, which a sampler would draw as well.
+    ``{name}_whitened``, which a sampler would draw as well.
 
     The draws follow Matheron's rule (Wilson et al. (2020)). They need no jitter: a new point may be
     one of the grid.
@@ -225,7 +225,7 @@ def conditional(
         mu + as_event(prediction.mean(delta)), as_event(prediction.variance())
     )
     batch_shape = tuple(mean.shape)[: mean.type.ndim - event_ndim]
-    z = Normal(f"{name}_rotated_", size=(*batch_shape, prediction.n_rotated), model=model)
+    z = Normal(f"{name}_whitened", size=(*batch_shape, prediction.n_whitened), model=model)
     draws = mu + as_event(prediction.draw(delta, z))
     return Conditional(
         Deterministic(name, draws, model=model, dims=dims),
@@ -267,12 +267,12 @@ class Prediction:
         return variance if self.noise is None else variance + self.noise.diagonal()
 
     @property
-    def n_rotated(self) -> TensorVariable | int:
+    def n_whitened(self) -> TensorVariable | int:
         """How many standard normal variables a draw takes."""
-        return sum(self._n_rotated)
+        return sum(self._n_whitened)
 
     @property
-    def _n_rotated(self) -> list[TensorVariable | int]:
+    def _n_whitened(self) -> list[TensorVariable | int]:
         """How many there are for the signal and the new cells, the noise, and the new noise."""
         n_joint = math.prod(
             size if cross is None else size + new_size
@@ -285,7 +285,7 @@ class Prediction:
 
     def draw(self, delta: TensorVariable, z: TensorVariable) -> TensorVariable:
         """Return a draw without the mean of the new cells, from standard normal variables."""
-        n_joint, n_noise, _ = self._n_rotated
+        n_joint, n_noise, _ = self._n_whitened
         roots, new_roots = zip(*map(self._joint_root, range(len(self.crosses))), strict=True)
         joint = z[..., :n_joint]
         residual = delta - kron_matmul(roots, joint)
