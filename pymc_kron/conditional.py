@@ -135,8 +135,9 @@ def conditional(
 
     Notes
     -----
-    Add it to the model after sampling. The draws are computed from standard normal variables
-    ``{name}_whitened``, which a sampler would draw as well.
+    Add it to the model after sampling, and after :func:`pymc.compute_log_likelihood`. The draws are
+    computed from standard normal variables, ``{name}_whitened``, which a sampler takes for
+    parameters.
 
     The draws follow Matheron's rule (Wilson et al. (2020)). They need no jitter: a new point may be
     one of the grid.
@@ -213,7 +214,7 @@ def conditional(
     )
     sizes = prediction.new.sizes
     mu = read_mu(mu, sizes, event_ndim)
-    if dims is not None and event_ndim == len(sizes) > 1:
+    if dims is not None and event_ndim == len(sizes):
         lengths = {dim: current_length(length) for dim, length in model.dim_lengths.items()}
         check_dims(dims, lengths, sizes)
 

@@ -80,8 +80,9 @@ class Covariance(ABC):
     def precision_diagonal(self) -> TensorVariable:
         """Return the diagonal of ``inv(K)``, ``(..., N)``."""
 
-    # Prediction: C = C_1 (x) ... (x) C_d are the covariances of new cells with those of the grid,
-    # C_i of shape (m_i, n_i), or None for S_i where the new cells have the points of the grid
+    # Prediction, where K is S_1 (x) ... (x) S_d alone or with noise: C = C_1 (x) ... (x) C_d are
+    # the covariances of new cells with those of the grid, C_i of shape (m_i, n_i), or None for S_i
+    # where the new cells have the points of the grid
 
     @property
     @abstractmethod
