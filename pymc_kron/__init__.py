@@ -16,6 +16,7 @@ from pymc_kron import kept_for_jax as kept_for_jax
 from pymc_kron import logprob as logprob
 from pymc_kron import rewriting as rewriting
 from pymc_kron import routines as routines
+from pymc_kron.conditional import conditional
 from pymc_kron.datasets import load_elnino, load_irish_wind
 from pymc_kron.diagnostics import assert_no_dense_kron, explain
 from pymc_kron.distributions import KroneckerMvNormal, TensorNormal
@@ -28,6 +29,7 @@ __all__ = [
     "KroneckerMvNormal",
     "TensorNormal",
     "assert_no_dense_kron",
+    "conditional",
     "explain",
     "load_elnino",
     "load_irish_wind",

@@ -25,8 +25,9 @@ from pymc_kron.linalg import (
     kron_diagonal,
     kron_entries,
     kron_matmul,
+    kron_of_vectors,
 )
-from pymc_kron.structure import Matrices, Size, column_sizes
+from pymc_kron.structure import Matrices, Size, column_sizes, row_sizes
 
 type Structure = tuple[Form, ...] | Layout
 """What the parts of a covariance are: a form for each factor, or the layout of a `KronSum`."""
@@ -103,6 +104,34 @@ class Covariance(ABC):
     @abstractmethod
     def precision_entries(self, cells: TensorVariable) -> TensorVariable:
         """Return ``inv(K)[cells, cells]``: ``(m)->(m,m)``."""
+
+    # Prediction, where K is S_1 (x) ... (x) S_d alone or with noise: C = C_1 (x) ... (x) C_d are
+    # the covariances of new cells with those of the grid, C_i of shape (m_i, n_i), or None for S_i
+    # where the new cells have the points of the grid
+
+    @property
+    @abstractmethod
+    def signal(self) -> Sequence[Factor]:
+        """The factors ``S_i`` of the product without noise."""
+
+    @abstractmethod
+    def signal_root(self, axis: int) -> TensorVariable:
+        """Return a root of ``S_i``, which may be singular: ``(n,n)``."""
+
+    @property
+    @abstractmethod
+    def noise(self) -> "KroneckerCovariance | None":
+        """The covariance of the noise, if there is any."""
+
+    @abstractmethod
+    def regress(
+        self, crosses: Sequence[TensorVariable | None], x: TensorVariable
+    ) -> TensorVariable:
+        """Return ``C inv(K) x``: ``(N)->(M)``."""
+
+    @abstractmethod
+    def explained_variance(self, crosses: Sequence[TensorVariable | None]) -> TensorVariable:
+        """Return the diagonal of ``C inv(K) C'``, ``(..., M)``."""
 
 
 @dataclass(frozen=True)
@@ -183,6 +212,44 @@ class KroneckerCovariance(Covariance):
     @property
     def _precisions(self) -> list[TensorVariable]:
         return [factor.precision() for factor in self.factors]
+
+    @property
+    def signal(self):
+        return self.factors
+
+    def signal_root(self, axis):
+        factor = self.factors[axis]
+        return factor.root().color(pt.eye(factor.size, dtype=factor.parts[-1].dtype))
+
+    @property
+    def noise(self):
+        return None
+
+    def regress(self, crosses, x):
+        maps: list[MatrixMap] = []
+        out_sizes = list(self.sizes)
+        for i, (factor, cross) in enumerate(zip(self.factors, crosses, strict=True)):
+            if cross is None:
+                # S inv(S) = I
+                maps.append(lambda columns: columns)
+                continue
+            root = factor.root()
+            maps.append(root.unwhiten(root.whiten(cross.mT)).mT.__matmul__)
+            [out_sizes[i]] = row_sizes([cross])
+        batch_ndims = [cross.type.ndim - 2 for cross in crosses if cross is not None]
+        batch_ndim = max(*batch_ndims, *(factor.batch_ndim for factor in self.factors), 0)
+        return apply_to_vectors(maps, self.sizes, out_sizes, x, batch_ndim=batch_ndim)
+
+    def explained_variance(self, crosses):
+        # C inv(S) C' = W' W with W = inv(R) C'
+        return kron_of_vectors(
+            [
+                _diagonal(factor.covariance())
+                if cross is None
+                else (factor.root().whiten(cross.mT) ** 2).sum(axis=-2)
+                for factor, cross in zip(self.factors, crosses, strict=True)
+            ]
+        )
 
     def _apply(self, maps: Sequence[MatrixMap], x: TensorVariable) -> TensorVariable:
         batch_ndim = max(factor.batch_ndim for factor in self.factors)
@@ -276,8 +343,52 @@ class KronSumCovariance(Covariance):
         return reduce(pt.add, terms)
 
     @property
+    def signal(self):
+        return [
+            Factor("cov", (axis.signal,))
+            if axis.eigenvalues is None
+            else Factor("evd", (axis.eigenvalues, axis.signal))
+            for axis in self.kron_sum.axes
+        ]
+
+    def signal_root(self, axis):
+        # S = (D P) diag(w) (D P)'; the eigenvalues of a singular factor are zeros, up to rounding
+        basis = self._basis
+        values = pt.maximum(basis.axes[axis].values, 0)
+        return self.kron_sum.roots(basis)[axis] * pt.sqrt(values)[..., None, :]
+
+    @property
+    def noise(self):
+        scale = self.kron_sum.scales[1][..., None, None]
+        first, *others = self.kron_sum.factors(1)
+        return KroneckerCovariance(
+            [Factor("cov", (metric,)) for metric in (scale * first, *others)]
+        )
+
+    def regress(self, crosses, x):
+        basis = self._basis
+        return kron_matmul(self._projected(crosses, basis), basis.project(x) / basis.values)
+
+    def explained_variance(self, crosses):
+        basis = self._basis
+        return kron_matmul(
+            [projected**2 for projected in self._projected(crosses, basis)], 1 / basis.values
+        )
+
+    def _projected(self, crosses, basis: Basis) -> list[TensorVariable]:
+        """Return ``C_i P_i``: ``C inv(K) C' = C P diag(1 / Lambda) (C P)'``."""
+        return [
+            (axis.signal_matrix if cross is None else cross) @ vectors
+            for axis, cross, vectors in zip(self.kron_sum.axes, crosses, basis.vectors, strict=True)
+        ]
+
+    @property
     def _basis(self) -> Basis:
         return self.kron_sum.basis()
+
+
+def _diagonal(matrix: TensorVariable) -> TensorVariable:
+    return pt.diagonal(matrix, axis1=-2, axis2=-1)
 
 
 def covariance_of(structure: Structure, parts: Sequence[TensorVariable]) -> Covariance:

@@ -138,7 +138,7 @@ def loo_pointwise(
         return dataset
     if "log_likelihood" in idata.children:
         others = idata["log_likelihood"].to_dataset().drop_vars(densities, errors="ignore")
-        dataset = others.merge(dataset)
+        dataset = others.merge(dataset, join="exact")
     idata["log_likelihood"] = dataset
     return idata
 

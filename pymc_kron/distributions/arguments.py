@@ -215,6 +215,59 @@ def _read_noise_covs(
     return scale, metrics
 
 
+def read_new_points(
+    factors: Sequence[Factor], cross_covs: Any, new_covs: Any
+) -> tuple[list[TensorVariable | None], list[Factor]]:
+    """Return the cross-covariances, None for a factor without new points, and the new factors.
+
+    Parameters
+    ----------
+    factors
+        The factors of the grid.
+    cross_covs
+        For each factor, the covariances of its new points with those of the grid, or None.
+    new_covs
+        For each factor, the covariances of its new points, or None.
+    """
+    lists = {"cross_covs": cross_covs, "new_covs": new_covs}
+    for name, entries in lists.items():
+        if len(read_list(name, entries, "covariance", "C")) != len(factors):
+            raise ValueError(
+                f"{name} must have one entry for each of the {len(factors)} factors, with None for "
+                f"a factor without new points, got {len(entries)}."
+            )
+    crosses: list[TensorVariable | None] = []
+    new_factors = []
+    for i, (factor, *entries) in enumerate(zip(factors, cross_covs, new_covs, strict=True)):
+        names = [f"{name}[{i}]" for name in lists]
+        given = [name for name, entry in zip(names, entries, strict=True) if entry is not None]
+        if not given:
+            crosses.append(None)
+            new_factors.append(factor)
+            continue
+        if len(given) == 1:
+            raise ValueError(
+                f"New points of factor {i} need both {names[0]}, their covariances with the points "
+                f"of the grid, and {names[1]}, those with one another, got {given[0]} alone. Put "
+                "None in both if there are none."
+            )
+        cross, new = _read_real(names[0], entries[0]), _read_square_matrix(names[1], entries[1])
+        expected = (new.type.shape[-1], factor.size)
+        shape = cross.type.shape[-2:]
+        if len(shape) < 2 or any(
+            isinstance(size, int) and length not in (None, size)
+            for length, size in zip(shape, expected, strict=True)
+        ):
+            raise ValueError(
+                f"{names[0]} must have a row for each new point and a column for each point of the "
+                f"grid, {_show(expected)} for factor {i}, got shape {_show(cross.type.shape)} with "
+                f"{names[1]} of shape {_show(new.type.shape)}."
+            )
+        crosses.append(cross)
+        new_factors.append(Factor("cov", (new,)))
+    return crosses, new_factors
+
+
 def read_mu(mu: TensorLike, sizes: Sequence[Size], event_ndim: int = 1) -> TensorVariable:
     """Return the mean, after checking its shape against that of the `event_of` the grid."""
     mu = pt.as_tensor_variable(mu)
