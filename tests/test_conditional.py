@@ -392,3 +392,9 @@ def test_errors_about_what_is_given():
         for given in (plain, imputed, named, TensorNormal.dist(MU, S), Y):
             with pytest.raises(TypeError, match=re.escape("which there are ['y'], got ")):
                 conditional("f", given, **ARGUMENTS)
+        marginal = TensorNormal(
+            "marginal", MU, S, observed=np.where(Y > 1, np.nan, Y), marginalize_missing=True
+        )
+        message = f"marginal has {np.sum(Y > 1)} missing cells"
+        with pytest.raises(ValueError, match=message):
+            conditional("f", marginal, **ARGUMENTS)

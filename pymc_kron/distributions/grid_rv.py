@@ -187,7 +187,11 @@ def half_logdet(covariance: Covariance, z: TensorVariable) -> TensorVariable:
 def whitened(
     value: TensorVariable, covariance: Covariance, mu: TensorVariable, event_ndim: int
 ) -> TensorVariable | None:
-    """Return the vectors ``z`` if a value was transformed from them, ``mu + R z``."""
+    """Return the vectors ``z`` if a value was transformed from them, ``mu + R z``.
+
+    By comparing the graph of the value with that of ``mu + R z``, since a log-density isn't told of
+    which transform a value comes.
+    """
     transformed = value
     while not isinstance(transformed.owner_op, TransformedValue):
         # Dims are taken off after the transform

@@ -97,6 +97,7 @@ class KroneckerMvNormal(Continuous):
     See Also
     --------
     pymc.MvNormal : The same distribution with a dense covariance.
+    pymc_kron.transforms.whiten : The ``transform`` that samples a latent field non-centred.
 
     Notes
     -----

@@ -231,10 +231,11 @@ def non_centred_table(parts):
                     *(f"{np.median([run[key] for run in runs]):,.0f}" for key in MEDIANS),
                     f"{max(run['r_hat'] for run in runs):.3f}",
                     max(run["divergences"] for run in runs),
+                    "" if transform == "centred" else f"{part['difference']:.1f}",
                 ]
             )
     header = ["data", "", "ESS a second", "ratio", "least ESS", "gradients"]
-    return table([*header, "worst R-hat", "most divergences"], rows)
+    return table([*header, "worst R-hat", "most divergences", "largest difference"], rows)
 
 
 def plot(ratios, path):
