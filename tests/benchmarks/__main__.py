@@ -35,6 +35,7 @@ PARTS = {
         for name in names
     },
     **{part: (part,) for part in ("draws", "memory", "solve")},
+    **{f"missing/{name}": ("missing", name) for name in report.WITH_HOLES},
     **{f"non_centred/{name}": ("non_centred", name) for name in report.LATENT},
     **{f"{peer}/{work}": (f"peers.{peer}", work) for peer in peers.PEERS for work in WORKS},
 }

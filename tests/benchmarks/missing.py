@@ -1,8 +1,9 @@
-"""Missing cells, sampled and integrated out: ``python -m ... NOISE OUTPUT``.
+"""Missing cells, sampled and integrated out: ``python -m ... FIELD OUTPUT``.
 
-A grid of 40 x 50 cells of which some are missing at random; level, amplitude, two length-scales
-and, with noise, its standard deviation are unknown. Effective samples a second of sampling,
-without compilation: the least of the parameters that both models have, of two chains.
+A grid of 20 x 30 cells, of which single ones at random or whole rows are missing; level,
+amplitude, two length-scales and, with noise, its standard deviation are unknown. Effective
+samples a second of sampling, without compilation: the least of the parameters that both models
+have, of two chains. Also the seconds of one log-density with its gradient.
 """
 
 import sys
@@ -20,41 +21,68 @@ import pymc_kron as pk
 from tests.benchmarks import measure
 from tests.benchmarks.non_centred import extreme, largest_difference
 
-SIZES = (40, 50)
-MISSING = (10, 30, 100, 300, 1000)
-NOISES = {"without": None, "with": 0.5}
+SIZES = (20, 30)
+# Which cells are missing, and how many of these
+PATTERNS = [("cells", 10), ("cells", 100), ("rows", 1), ("rows", 3), ("rows", 6)]
+# The kernel of the second axis, and the standard deviation of the noise
+FIELDS = {
+    "smooth": (lambda lags, length_scale: pt.exp(-((lags / length_scale) ** 2) / 2), 0.1),
+    "rough": (lambda lags, length_scale: pt.exp(-lags / length_scale), None),
+}
 WAYS = {"imputed": False, "integrated out": True}
 PACKAGES = ["pymc", "pytensor", "nutpie", "numba", "arviz"]
 
 
-def covariances(amplitude, length_scale):
+def covariances(field, amplitude, length_scale):
+    kernel, _ = FIELDS[field]
     rows, columns = map(measure.lags, SIZES)
-    return [amplitude**2 * pt.exp(-rows / length_scale[0]), pt.exp(-columns / length_scale[1])]
+    return [
+        amplitude**2 * pt.exp(-rows / length_scale[0]),
+        kernel(columns, length_scale[1]),
+    ]
 
 
-def data(noise, n_missing):
-    grid = pk.TensorNormal.dist(1.0, covariances(1.0, [5.0, 8.0]), sigma=noise)
+def data(field, what, count):
+    _, sigma = FIELDS[field]
+    grid = pk.TensorNormal.dist(1.0, covariances(field, 1.0, [5.0, 5.0]), sigma=sigma)
     y = pm.draw(grid, random_seed=1)
-    cells = np.random.default_rng(2).permutation(y.size)[:n_missing]
-    y.flat[cells] = np.nan
+    rng = np.random.default_rng(2)
+    if what == "rows":
+        y[rng.permutation(SIZES[0])[:count]] = np.nan
+    else:
+        y.flat[rng.permutation(y.size)[:count]] = np.nan
     return y
 
 
-def model(noise, y, marginalize_missing):
+def model(field, y, marginalize_missing):
+    _, sigma = FIELDS[field]
     with pm.Model() as model:
         level = pm.Normal("level")
         amplitude = pm.HalfNormal("amplitude")
-        length_scale = pm.LogNormal("length_scale", 2, 0.5, shape=2)
-        sigma = None if noise is None else pm.HalfNormal("sigma")
-        covs = covariances(amplitude, length_scale)
+        length_scale = pm.LogNormal("length_scale", 1.5, 0.5, shape=2)
+        covs = covariances(field, amplitude, length_scale)
+        noise = {} if sigma is None else {"sigma": pm.HalfNormal("sigma")}
         pk.TensorNormal(
-            "y", level, covs, sigma=sigma, observed=y, marginalize_missing=marginalize_missing
+            "y", level, covs, **noise, observed=y, marginalize_missing=marginalize_missing
         )
     return model
 
 
-def sample(noise, y, way):
-    compiled = nutpie.compile_pymc_model(model(noise, y, WAYS[way]))
+def seconds_of_a_gradient(model):
+    function = model.logp_dlogp_function(ravel_inputs=True, mode="NUMBA")
+    function.set_extra_values({})
+    point = pm.blocking.DictToArrayBijection.map(model.initial_point())
+
+    def call():
+        start = time.perf_counter()
+        function(point)
+        return time.perf_counter() - start
+
+    return float(np.median([call() for _ in range(100)]))
+
+
+def sample(model):
+    compiled = nutpie.compile_pymc_model(model)
     start = time.perf_counter()
     trace = nutpie.sample(compiled, draws=500, chains=2, cores=2, seed=1, progress_bar=False)
     seconds = time.perf_counter() - start
@@ -65,29 +93,30 @@ def sample(noise, y, way):
         "ess": extreme(az.ess(parameters), min),
         "r_hat": extreme(az.rhat(parameters), max),
         "gradients": int(trace["sample_stats"]["n_steps"].sum()),
+        "gradient": seconds_of_a_gradient(model),
     }
     return run, parameters
 
 
-def measure_ways(name):
-    noise = NOISES[name]
+def measure_field(field):
     cells = []
-    for n_missing in MISSING:
-        y = data(noise, n_missing)
-        runs, posteriors = zip(*(sample(noise, y, way) for way in WAYS), strict=True)
-        difference = largest_difference(*posteriors)
+    for what, count in PATTERNS:
+        y = data(field, what, count)
+        runs, posteriors = zip(
+            *(sample(model(field, y, way)) for way in WAYS.values()), strict=True
+        )
         cells.append(
             {
-                "missing": n_missing,
+                "what": f"{count} {what if count > 1 else what[:-1]}",
+                "missing": int(np.isnan(y).sum()),
                 "runs": dict(zip(WAYS, runs, strict=True)),
-                "difference": difference,
+                "difference": largest_difference(*posteriors),
             }
         )
-        print(cells[-1], flush=True)
     return cells
 
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
-    _, noise, output = sys.argv
-    measure.save(Path(output), measure_ways(noise), PACKAGES)
+    _, field, output = sys.argv
+    measure.save(Path(output), measure_field(field), PACKAGES)

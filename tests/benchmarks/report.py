@@ -20,6 +20,10 @@ IMPLEMENTATIONS = [
     "NumPyro",
     "JAX by hand",
 ]
+WITH_HOLES = {
+    "smooth": "squared exponential in time, noise",
+    "rough": "exponential in time, no noise",
+}
 LATENT = {"bernoulli": "Bernoulli", "poisson": "Poisson", "counts": "Poisson"}
 MEDIANS = ("ess", "gradients")
 GRADIENTS = [work for work in WORKS.values() if work.with_gradient]
@@ -42,6 +46,7 @@ def write(results: Path, docs: Path):
         "elnino": elnino_table(parts),
         "cold": cold_table(parts),
         "solve": solve_table(parts),
+        "missing": missing_table(parts),
         "non-centred": non_centred_table(parts),
     }
     page = docs / "benchmarks.md"
@@ -212,6 +217,31 @@ def solve_table(parts):
             [n, f"{n**2:,}", *map(microseconds, (bundle, without)), ratio(without / bundle)]
         )
     return table(["n", "N", "with the bundle, us", "without, us", "ratio"], rows)
+
+
+def missing_table(parts):
+    rows = []
+    for name, field in WITH_HOLES.items():
+        for cell in parts.get(f"missing/{name}", []):
+            imputed, marginal = cell["runs"].values()
+            rates = [run["ess"] / run["seconds"] for run in (imputed, marginal)]
+            missing = (
+                f"{cell['what']} ({cell['missing']})" if "row" in cell["what"] else cell["what"]
+            )
+            rows.append(
+                [
+                    field,
+                    missing,
+                    *(f"{run['gradient'] * 1e3:.2f}" for run in (imputed, marginal)),
+                    *(f"{rate:,.1f}" for rate in rates),
+                    ratio(rates[1] / rates[0]),
+                    *(f"{run['gradients']:,}" for run in (imputed, marginal)),
+                    f"{max(run['r_hat'] for run in (imputed, marginal)):.3f}",
+                ]
+            )
+    header = ["field", "missing", "gradient imputed, ms", "integrated out, ms"]
+    header += ["ESS a second imputed", "integrated out", "ratio"]
+    return table([*header, "gradients imputed", "integrated out", "worst R-hat"], rows)
 
 
 def non_centred_table(parts):
