@@ -8,9 +8,10 @@ its parts, which are variables.
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 
+import numpy as np
 from pytensor import tensor as pt
 from pytensor.tensor.variable import TensorVariable
 
@@ -104,6 +105,10 @@ class Covariance(ABC):
     @abstractmethod
     def precision_entries(self, cells: TensorVariable) -> TensorVariable:
         """Return ``inv(K)[cells, cells]``: ``(m)->(m,m)``."""
+
+    @abstractmethod
+    def restricted(self, levels: Sequence[np.ndarray | None]) -> "Covariance":
+        """Return the covariance of the cells with some levels of each axis, or None for all."""
 
     # Prediction, where K is S_1 (x) ... (x) S_d alone or with noise: C = C_1 (x) ... (x) C_d are
     # the covariances of new cells with those of the grid, C_i of shape (m_i, n_i), or None for S_i
@@ -204,6 +209,14 @@ class KroneckerCovariance(Covariance):
 
     def precision_entries(self, cells):
         return kron_entries(self._precisions, cells, cells)
+
+    def restricted(self, levels):
+        return KroneckerCovariance(
+            [
+                factor if own is None else Factor("cov", (_restricted(factor.covariance(), own),))
+                for factor, own in zip(self.factors, levels, strict=True)
+            ]
+        )
 
     @property
     def _covariances(self) -> list[TensorVariable]:
@@ -332,6 +345,22 @@ class KronSumCovariance(Covariance):
         solutions = self.solve(pt.expand_dims(units, range(1, 1 + self.kron_sum.batch_ndim)))
         return pt.moveaxis(solutions[..., cells], 0, -2)
 
+    def restricted(self, levels):
+        layout = self.kron_sum.layout
+        signals, metrics, eigenvalues, is_decomposed = [], [], [], []
+        for axis, own in zip(self.kron_sum.axes, levels, strict=True):
+            is_whole = own is None
+            signals.append(axis.signal if is_whole else _restricted(axis.signal_matrix, own))
+            if axis.metric is not None:
+                metrics.append(axis.metric if is_whole else _restricted(axis.metric, own))
+            is_decomposed.append(is_whole and axis.eigenvalues is not None)
+            if is_decomposed[-1]:
+                eigenvalues.append(axis.eigenvalues)
+        layout = replace(layout, is_decomposed=tuple(is_decomposed))
+        return KronSumCovariance(
+            KronSum(layout, self.kron_sum.scales, signals, metrics, eigenvalues)
+        )
+
     def _sum(
         self, part_of: Callable[[Matrices], TensorVariable], *, core_ndim: int
     ) -> TensorVariable:
@@ -385,6 +414,10 @@ class KronSumCovariance(Covariance):
     @property
     def _basis(self) -> Basis:
         return self.kron_sum.basis()
+
+
+def _restricted(matrix: TensorVariable, levels: np.ndarray) -> TensorVariable:
+    return matrix[..., levels[:, None], levels]
 
 
 def _diagonal(matrix: TensorVariable) -> TensorVariable:

@@ -14,7 +14,8 @@ inv(K_oo) x_o``, and their log-density is ::
 
 ``P_mm`` is of shape ``(M, M)``, and its entries come from the inverses of the factors. Where fewer
 cells are observed than missing, ``K_oo`` is the smaller of the two matrices, and its entries are
-those of the factors.
+those of the factors. Levels of an axis without any data are left out before: the covariance of the
+others is a product as well.
 """
 
 import math
@@ -188,4 +189,22 @@ def marginal_log_density(
     is_missing
         Which cells are missing, ``(N,)``.
     """
-    return Cells.of(is_missing).regression(covariance).log_density(pt.switch(is_missing, 0, x))
+    x = pt.switch(is_missing, 0, x)
+    sizes, known = covariance.sizes, evaluated(is_missing, Constant)
+    if known is not None and all(isinstance(size, int) for size in sizes):
+        # Without levels that have no data, the covariance is a product too, and a smaller one
+        grid = known.reshape(sizes)
+        levels = [np.flatnonzero(~grid.all(axis=_others(grid.ndim, i))) for i in range(grid.ndim)]
+        cells = np.arange(grid.size).reshape(sizes)[np.ix_(*levels)].ravel()
+        if len(cells) < grid.size:
+            covariance = covariance.restricted(
+                [own if len(own) < n else None for own, n in zip(levels, sizes, strict=True)]
+            )
+            x, is_missing = x[..., cells], pt.constant(known[cells])
+        if not known[cells].any():
+            return covariance.log_density(x)
+    return Cells.of(is_missing).regression(covariance).log_density(x)
+
+
+def _others(ndim: int, axis: int) -> tuple[int, ...]:
+    return tuple(other for other in range(ndim) if other != axis)

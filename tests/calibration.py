@@ -84,8 +84,11 @@ def ranks(missing, *, seed):
         if predict is not None:
             points = zip(*draws.values(), strict=True)
             cells = np.array([predict(*point, np.where(missing, 0, data)) for point in points])
-            truth |= {"a missing cell": grids[i][missing][0], "a sum": grids[i][missing].sum()}
-            draws |= {"a missing cell": cells[:, 0], "a sum": cells.sum(axis=1)}
+            truth |= {
+                "a missing cell": grids[i][missing][0],
+                "sum of the missing cells": grids[i][missing].sum(),
+            }
+            draws |= {"a missing cell": cells[:, 0], "sum of the missing cells": cells.sum(axis=1)}
         found.append(
             {
                 "".join([name, *(f"[{j}]" for j in index)]): np.sum(

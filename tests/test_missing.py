@@ -56,6 +56,8 @@ PATTERNS = {
     "a whole row": pattern(1),
     "a whole column": pattern((slice(None), 2)),
     "more than half": pattern(0, 2, (1, 1)),
+    "scattered and more than half": ~pattern((0, 0), (1, 1), (2, 2), (0, 3), (2, 0)),
+    "a row and a cell": pattern(1, (0, 2)),
     "all but one": ~pattern((1, 2)),
 }
 NOISES = ("none", "sigma", "noise_covs")
@@ -161,7 +163,8 @@ def test_log_density_and_gradient_are_those_of_the_observed_cells(missing, noise
 @pytest.mark.parametrize("noise", ["none", "sigma"])
 @pytest.mark.parametrize("form", ["chols", "taus", "evds"])
 def test_forms_of_factors(form, noise):
-    for missing in (PATTERNS["single cells"], PATTERNS["more than half"]):
+    for name in ("single cells", "a row and a cell", "scattered and more than half"):
+        missing = PATTERNS[name]
         model = marginal_model(noise, missing, form, grid=False)
         point = point_of(model)
         logp, gradient = value_and_gradient(model, EXACT)(point)
@@ -201,7 +204,7 @@ def observed_logp(x, mu, cov, missing):
 
 
 @pytest.mark.parametrize("noise", [None, 0.5])
-@pytest.mark.parametrize("missing", [PATTERNS["single cells"], PATTERNS["more than half"]])
+@pytest.mark.parametrize("missing", [PATTERNS["single cells"], PATTERNS["a row and a cell"]])
 @pytest.mark.parametrize(
     ("factor_batch", "mu_batch", "value_batch"),
     [((), (), (5,)), ((), (2,), (5, 2)), ((2,), (), ()), ((2,), (3, 1), (4, 3, 2))],
