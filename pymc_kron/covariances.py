@@ -257,7 +257,7 @@ class KroneckerCovariance(Covariance):
         # C inv(S) C' = W' W with W = inv(R) C'
         return kron_of_vectors(
             [
-                _diagonal(factor.covariance())
+                kron_diagonal([factor.covariance()])
                 if cross is None
                 else (factor.root().whiten(cross.mT) ** 2).sum(axis=-2)
                 for factor, cross in zip(self.factors, crosses, strict=True)
@@ -418,10 +418,6 @@ class KronSumCovariance(Covariance):
 
 def _restricted(matrix: TensorVariable, levels: np.ndarray) -> TensorVariable:
     return matrix[..., levels[:, None], levels]
-
-
-def _diagonal(matrix: TensorVariable) -> TensorVariable:
-    return pt.diagonal(matrix, axis1=-2, axis2=-1)
 
 
 def covariance_of(structure: Structure, parts: Sequence[TensorVariable]) -> Covariance:

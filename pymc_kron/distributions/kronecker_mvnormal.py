@@ -3,18 +3,20 @@
 from collections.abc import Sequence
 
 from pymc.distributions.continuous import Continuous
+from pymc.model.core import Model
 from pymc.util import UNSET
 from pytensor.tensor import TensorLike
 from pytensor.tensor.variable import TensorVariable
 
+from pymc_kron.covariances import Covariance
 from pymc_kron.distributions.arguments import (
     check_shape,
     read_covariance,
-    read_factors,
     read_mu,
     read_observed,
 )
 from pymc_kron.distributions.grid_rv import GridMvNormalRV, KroneckerMvNormalRV
+from pymc_kron.structure import Size
 from pymc_kron.transforms import WhitenTransform, check_latent
 
 
@@ -169,41 +171,27 @@ class KroneckerMvNormal(Continuous):
     rv_op = KroneckerMvNormalRV.rv_op
 
     def __new__(cls, name, *args, dims=None, observed=None, transform=UNSET, **kwargs):
-        """Create the variable in the model, after checking the names of its dimensions."""
+        """Create the variable in the model, after checking what only the model knows of."""
+        covariance = cls._covariance_of(*args, **kwargs)
+        event_ndim = cls.event_ndim(len(covariance.sizes))
         if dims is not None:
-            cls._check_dims(dims, *args, **kwargs)
+            cls._check_dims(dims, covariance.sizes, kwargs.get("model"))
         if observed is not None:
-            observed = cls._read_observed(observed, dims, *args, **kwargs)
+            marginalize_missing = kwargs.get("marginalize_missing", False)
+            observed = read_observed(
+                observed, dims, event_ndim, marginalize_missing=marginalize_missing
+            )
         if isinstance(transform, WhitenTransform):
             check_latent(observed)
-            transform = cls._transform_of(transform, *args, **kwargs)
+            # PyMC doesn't tell a transform what the covariance is
+            transform = transform.given(covariance.structure, event_ndim)
         return super().__new__(
             cls, name, *args, dims=dims, observed=observed, transform=transform, **kwargs
         )
 
     @classmethod
-    def _read_observed(
+    def _covariance_of(
         cls,
-        observed,
-        dims,
-        mu=0,
-        covs=None,
-        *,
-        chols=None,
-        taus=None,
-        evds=None,
-        lower=True,
-        marginalize_missing=False,
-        **kwargs,
-    ):
-        """Read observations, in which cells may be missing."""
-        event_ndim = cls.event_ndim(len(read_factors(covs, chols, taus, evds, lower=lower)))
-        return read_observed(observed, dims, event_ndim, marginalize_missing=marginalize_missing)
-
-    @classmethod
-    def _transform_of(
-        cls,
-        transform: WhitenTransform,
         mu=0,
         covs=None,
         *,
@@ -214,13 +202,12 @@ class KroneckerMvNormal(Continuous):
         noise_covs=None,
         lower=True,
         **kwargs,
-    ) -> WhitenTransform:
-        """Tell a transform, to which PyMC doesn't, what the covariance is."""
-        covariance = read_covariance(covs, chols, taus, evds, sigma, noise_covs, lower=lower)
-        return transform.given(covariance.structure, cls.event_ndim(len(covariance.sizes)))
+    ) -> Covariance:
+        """Return the covariance, given all arguments of `dist`."""
+        return read_covariance(covs, chols, taus, evds, sigma, noise_covs, lower=lower)
 
     @classmethod
-    def _check_dims(cls, dims, *args, **kwargs) -> None:
+    def _check_dims(cls, dims, sizes: Sequence[Size], model: Model | None) -> None:
         """Check dims that name the axes of a grid, which those of a vector don't."""
 
     @classmethod

@@ -2,7 +2,7 @@
 
 from pymc.model.core import modelcontext
 
-from pymc_kron.distributions.arguments import check_dims, read_factors
+from pymc_kron.distributions.arguments import check_dims
 from pymc_kron.distributions.grid_rv import TensorNormalRV
 from pymc_kron.distributions.kronecker_mvnormal import KroneckerMvNormal
 from pymc_kron.structure import current_length
@@ -94,10 +94,6 @@ class TensorNormal(KroneckerMvNormal):
         return n_factors
 
     @classmethod
-    def _check_dims(
-        cls, dims, mu=0, covs=None, *, chols=None, taus=None, evds=None, lower=True, **kwargs
-    ) -> None:
-        factors = read_factors(covs, chols, taus, evds, lower=lower)
-        model = modelcontext(kwargs.get("model"))
-        lengths = {dim: current_length(length) for dim, length in model.dim_lengths.items()}
-        check_dims(dims, lengths, [factor.size for factor in factors])
+    def _check_dims(cls, dims, sizes, model) -> None:
+        lengths = modelcontext(model).dim_lengths
+        check_dims(dims, {dim: current_length(length) for dim, length in lengths.items()}, sizes)
