@@ -203,11 +203,11 @@ def _terms_of_core(var: TensorVariable, sizes: Sizes) -> Terms | None:
             order,
         ) if _is_zero(zeros) and zeros.type.ndim == 2 and order.type.dtype != "bool":
             return _terms_of_reordered(terms_of(columns, sizes), zeros, order)
-        case (DimShuffle(new_order=(int(i), int(j))), batch) if [i, j] == [
+        case (DimShuffle(new_order=(*order, int(i), int(j))), batch) if [i, j] == [
             batch.type.ndim - 2,
             batch.type.ndim - 1,
         ]:
-            return _terms_of_only_matrix(terms_of(batch, sizes))
+            return _terms_of_rearranged_batch(terms_of(batch, sizes), batch.type.ndim - 2, order)
         case (Sum(axis=tuple(axes)), batch) if max(axes, default=0) < batch.type.ndim - 2:
             return _terms_of_batch_sum(terms_of(batch, sizes), batch.type.ndim, axes)
         case (Reshape(ndim=2), vector, _):
@@ -415,18 +415,38 @@ def _terms_of_reordered(
     return None if terms is None else reordered
 
 
-def _terms_of_only_matrix(terms: Terms | None) -> Terms | None:
-    """Return the terms of the matrix in a batch of one."""
+def _terms_of_rearranged_batch(
+    terms: Terms | None, batch_ndim: int, order: Sequence[int | str]
+) -> Terms | None:
+    """Return the terms of a batch in another order of its axes, with other axes of length one.
 
-    def first(batch: TensorVariable, core_ndim: int) -> TensorVariable:
-        return batch[(0,) * (batch.type.ndim - core_ndim)]
+    Parameters
+    ----------
+    terms
+        The terms of the batch as it is.
+    batch_ndim
+        The number of its axes.
+    order
+        As in `DimShuffle`: for each axis of the result, an axis of the batch or ``"x"``. Axes that
+        aren't in it have length one.
+    """
+    dropped = [axis for axis in range(batch_ndim) if axis not in order]
+
+    def rearranged(batch: TensorVariable, core_ndim: int) -> TensorVariable:
+        batch = pt.shape_padleft(batch, batch_ndim + core_ndim - batch.type.ndim)
+        kept = batch[tuple(0 if axis in dropped else slice(None) for axis in range(batch_ndim))]
+        moved = [
+            axis - sum(d < axis for d in dropped) if isinstance(axis, int) else axis
+            for axis in order
+        ]
+        return kept.dimshuffle(*moved, *range(kept.type.ndim - core_ndim, kept.type.ndim))
 
     matrices: Terms = ()
     for term in terms or ():
-        scales = tuple(first(scale, 0) for scale in term.scales)
         match term:
             case LowRank(left=left, right=right, weights=None):
-                matrices += (LowRank(first(left, 2), first(right, 2), scales=scales),)
+                scales = tuple(rearranged(scale, 0) for scale in term.scales)
+                matrices += (LowRank(rearranged(left, 2), rearranged(right, 2), scales=scales),)
             case _:
                 return None
     return None if terms is None else matrices
