@@ -11,7 +11,7 @@ from pymc_kron.rewriting.bundle import as_replacement, register_kron
 from pymc_kron.rewriting.conforming import SAME_SHAPE, conforming_factors, refuse_overflow
 from pymc_kron.rewriting.facts import are_square
 from pymc_kron.rewriting.indexing import is_of_last_axes
-from pymc_kron.structure import kron_factors, refuse_dtype
+from pymc_kron.structure import kron_factors, refuse_dtype, split_scalars
 
 
 @register_kron(Sum)
@@ -56,7 +56,7 @@ def sum_of_kron(fgraph, node):
 @register_kron(Dot)
 def frobenius_product_of_kron(fgraph, node):
     """vec(A (x) B)' vec(C (x) D) -> sum(A * C) * sum(B * D), as in ``pt.linalg.norm``"""
-    left, right = map(_flattened_matrix, node.inputs)
+    (left, left_scales), (right, right_scales) = map(_flattened_matrix, node.inputs)
     [old_out] = node.outputs
     if left is None or right is None or old_out.type.broadcastable != (True, True):
         return None
@@ -70,16 +70,26 @@ def frobenius_product_of_kron(fgraph, node):
     else:
         pairs = conforming_factors(left_factors, right_factors, SAME_SHAPE)
     sums = [(a.astype(dtype) * c.astype(dtype)).sum(dtype=dtype) for a, c in pairs]
-    return [as_replacement(old_out, variadic_mul(*sums))]
+    return [as_replacement(old_out, variadic_mul(*left_scales, *right_scales, *sums))]
 
 
 def _flattened_matrix(var):
-    """Return the Kronecker product whose entries a row or a column holds."""
-    while isinstance(var.owner_op, DimShuffle):
-        [var] = var.owner.inputs
-    match var.owner_op_and_inputs:
-        # With one axis that isn't of size one, the entries keep their order
-        case (Reshape(), K, _) if var.type.broadcastable.count(False) <= 1:
-            if K.type.ndim == 2 and kron_factors(K) is not None:
-                return K
-    return None
+    """Return the Kronecker product whose entries, times scalars, a row or a column holds."""
+    scales = []
+    while True:
+        if var.type.numpy_dtype.kind in "fc":
+            # PyTensor takes the sign of -K out of its Reshape
+            var, more_scales = split_scalars(var, core_ndim=var.type.ndim)
+            scales += [scale.squeeze() for scale in more_scales]
+        match var.owner_op_and_inputs:
+            case (DimShuffle(), inner):
+                var = inner
+            # With one axis that isn't of size one, the entries keep their order
+            case (Reshape(), K, _) if (
+                var.type.broadcastable.count(False) <= 1
+                and K.type.ndim == 2
+                and kron_factors(K) is not None
+            ):
+                return K, scales
+            case _:
+                return None, scales

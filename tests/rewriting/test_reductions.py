@@ -58,6 +58,8 @@ REDUCTIONS = {
     "2-norm": lambda K, np: np.linalg.norm(K, ord=2),
     "nuclear norm": lambda K, np: np.linalg.norm(K, ord="nuc"),
     "inner product": lambda K, np: K.ravel() @ K.ravel(),
+    "norm of a multiple": lambda K, np: np.linalg.norm(-K / 3),
+    "inner product of multiples": lambda K, np: (2 * K.ravel()) @ (-K.ravel() / 3),
 }
 
 
