@@ -27,7 +27,7 @@ from pytensor.tensor.linalg.decomposition.cholesky import Cholesky
 from pytensor.tensor.linalg.decomposition.eigen import Eigh, Eigvalsh
 from pytensor.tensor.linalg.decomposition.lu import LU
 from pytensor.tensor.linalg.decomposition.qr import QR
-from pytensor.tensor.math import Sum
+from pytensor.tensor.math import Sum, variadic_mul
 from pytensor.tensor.type import TensorType
 from pytensor.tensor.variable import TensorVariable
 
@@ -42,11 +42,12 @@ from pymc_kron.rewriting.qr import qr_of_kron
 from pymc_kron.structure import (
     Matrices,
     is_positive_definite,
-    is_scalar,
     is_symmetric,
     kron_factors,
+    split_scalars,
     strip_transposes,
 )
+from pymc_kron.terms import batch_scalar
 
 FACTORWISE = {
     Cholesky: cholesky_of_kron,
@@ -100,31 +101,55 @@ def pullback_of_kron_decomposition(fgraph, node):
 
 @register(Sum)
 def inner_product_of_kron_decomposition(fgraph, node):
-    """sum(pullback through chol(c K) at C * K) -> pullback through c of c -> chol(c K) at C
+    """sum(pullback through chol(c K) at C * K) -> pullback through t of t -> chol(t c K) at C, / c
 
-    The gradient in a scale, through the same decompositions.
+    The gradient in a scale, through the same decompositions, taken at ``t = 1``.
     """
     [summed] = node.inputs
-    if node.out.type.ndim or not isinstance(getattr(summed.owner_op, "scalar_op", None), Mul):
+    if node.out.type.ndim:
         return None
-    for K in summed.owner.inputs:
-        if K.type.ndim != 2 or kron_factors(K) is None:
-            continue
-        multiples = [client for client, _ in fgraph.clients[K] if client.op == summed.owner.op]
-        for multiple in multiples:
-            for scale, user in product(
-                filter(is_scalar, multiple.inputs), _decompositions(fgraph, multiple.out)
-            ):
-                cotangents = _cotangents(user, scale, node.out)
-                if cotangents is None:
-                    continue
-                stand_in = scale.type()
-                gradients = _factorwise_gradients(
-                    fgraph, user, {scale: stand_in}, [stand_in], cotangents
-                )
-                [gradient] = graph_replace(gradients, {stand_in: scale})
-                return [as_replacement(node.out, gradient[(0,) * gradient.type.ndim])]
+    entries, scales = split_scalars(summed)
+    match entries.owner_op_and_inputs:
+        case (Elemwise(scalar_op=Mul()), *pair) if len(pair) == 2:
+            for K, G in (pair, pair[::-1]):
+                gradient = _along_product(fgraph, K, G)
+                if gradient is not None:
+                    gradient = variadic_mul(*map(batch_scalar, scales), gradient)
+                    return [as_replacement(node.out, gradient)]
     return None
+
+
+def _along_product(
+    fgraph: FunctionGraph, K: TensorVariable, G: TensorVariable
+) -> TensorVariable | None:
+    """Return the inner product of a Kronecker product and a gradient in a multiple of it."""
+    if K.type.ndim != 2:
+        return None
+    _, scales_of_K = split_scalars(K)
+    for multiple in _multiples(fgraph, K):
+        factors = kron_factors(multiple)
+        if factors is None:
+            return None
+        for user in _decompositions(fgraph, multiple):
+            cotangents = _cotangents(user, multiple, G)
+            if cotangents is None:
+                continue
+            t = pt.scalar(dtype=multiple.type.dtype)
+            copy = kron(t * factors[0], *factors[1:])
+            gradients = _factorwise_gradients(fgraph, user, {multiple: copy}, [t], cotangents)
+            [gradient] = graph_replace(gradients, {t: pt.constant(1, dtype=t.type.dtype)})
+            _, scales = split_scalars(multiple)
+            c = map(batch_scalar, scales[: len(scales) - len(scales_of_K)])
+            return gradient / variadic_mul(*c)
+    return None
+
+
+def _multiples(fgraph: FunctionGraph, K: TensorVariable) -> Iterator[TensorVariable]:
+    """Yield a product and what it becomes times scalars."""
+    yield K
+    for client, _ in fgraph.clients[K]:
+        if len(client.outputs) == 1 and split_scalars(client.out)[0] is split_scalars(K)[0]:
+            yield from _multiples(fgraph, client.out)
 
 
 def _decompositions(fgraph: FunctionGraph, K: TensorVariable) -> Iterator[Apply]:

@@ -76,6 +76,8 @@ PRODUCTS = {
     "(A (x) B) (x) A": lambda kron, A, B, c: kron(kron(A, B), A),
     "A (x) (B (x) A)": lambda kron, A, B, c: kron(A, kron(B, A)),
     "A (x) A": lambda kron, A, B, c: kron(A, A),
+    "c (A (x) B) / c / 2c": lambda kron, A, B, c: c * kron(A, B) / c / (2 * c),
+    "A (x) (B (x) A).T / c": lambda kron, A, B, c: kron(A, kron(B, A).T / c),
 }
 
 
