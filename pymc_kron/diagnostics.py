@@ -156,7 +156,7 @@ class DenseProduct:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What `explain` found: prints as a table, in a notebook as HTML.
+    """What `pymc_kron.explain` found: prints as a table, in a notebook as HTML.
 
     Attributes
     ----------

@@ -111,9 +111,9 @@ class KroneckerMvNormal(Continuous):
        -\frac{1}{2} |w|^2 - \sum_i \frac{N}{n_i} \sum_j \log (L_i)_{jj} - \frac{N}{2}\log 2\pi
 
     (Saatçi (2011), section 5.2). With noise, it is computed in the generalised eigenvectors of the
-    factors; see `pymc_kron.kron_sum`. Gradients are closed forms, not derivatives of Cholesky
+    factors; see ``pymc_kron.kron_sum``. Gradients are closed forms, not derivatives of Cholesky
     factors or eigenvectors: with noise they are exact at repeated eigenvalues too, such as those
-    of an identity matrix (`pymc_kron.kronecker_logp`, `pymc_kron.kron_sum_logp`).
+    of an identity matrix (``pymc_kron.kronecker_logp``, ``pymc_kron.kron_sum_logp``).
 
     A factor that is constant in the model is decomposed once, when the model is compiled.
 
