@@ -49,7 +49,8 @@ OTHER_PROJECTS = {
 intersphinx_mapping = {
     name: (url, (None, "docs/no_names.inv")) for name, url in OTHER_PROJECTS.items()
 }
-# Names of this package that lead nowhere are errors; those of the others can't be checked everywhere
+# Names of this package that lead nowhere are errors. Those of the others can't be checked where
+# their inventories can't be reached
 nitpicky = True
 nitpick_ignore_regex = [("py:.*", rf"({'|'.join(OTHER_PROJECTS)})\..*")]
 

@@ -34,7 +34,7 @@ PARTS = {
         for work, names in COLD.items()
         for name in names
     },
-    **{part: (part,) for part in ("draws", "memory", "solve")},
+    **{part: (part,) for part in ("draws", "latent", "memory", "solve")},
     **{f"missing/{name}": ("missing", name) for name in report.WITH_HOLES},
     **{f"non_centred/{name}": ("non_centred", name) for name in report.LATENT},
     **{f"{peer}/{work}": (f"peers.{peer}", work) for peer in peers.PEERS for work in WORKS},

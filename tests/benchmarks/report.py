@@ -48,6 +48,7 @@ def write(results: Path, docs: Path):
         "solve": solve_table(parts),
         "missing": missing_table(parts),
         "non-centred": non_centred_table(parts),
+        "latent": latent_table(parts),
     }
     page = docs / "benchmarks.md"
     text = page.read_text()
@@ -266,6 +267,21 @@ def non_centred_table(parts):
             )
     header = ["data", "", "ESS a second", "ratio", "least ESS", "gradients"]
     return table([*header, "worst R-hat", "most divergences", "largest difference"], rows)
+
+
+def latent_table(parts):
+    rows = [
+        [
+            f"{cell['n']} x {cell['n']}",
+            *(f"{1e3 * seconds:.3f}" for seconds in cell["seconds"].values()),
+            f"{cell['basis functions']:,}",
+        ]
+        for cell in parts.get("latent", [])
+    ]
+    names = [
+        f"{name}, ms" for name in ("`KroneckerMvNormal`", "`pm.gp.LatentKron`", "`pm.gp.HSGP`")
+    ]
+    return table(["cells", *names, "basis functions"], rows)
 
 
 def plot(ratios, path):
