@@ -7,6 +7,7 @@ link leads to the same file here and on a code host::
 """
 
 import inspect
+from pathlib import Path
 
 from sphinx.util.inspect import stringify_signature
 
@@ -27,7 +28,8 @@ extensions = [
 root_doc = "docs/index"
 include_patterns = ["docs/**", "notebooks/*.ipynb", "CHANGELOG.md"]
 exclude_patterns = [".*", "docs/_*"]
-templates_path = ["_templates"]
+# Absolute, since autosummary looks from the source folder and HTML from this one
+templates_path = [str(Path(__file__).parent / "_templates")]
 
 # The tests execute notebooks and blocks of code; the pages show the outputs that are committed
 nb_execution_mode = "off"
@@ -57,7 +59,12 @@ nitpick_ignore_regex = [("py:.*", rf"({'|'.join(OTHER_PROJECTS)})\..*")]
 html_theme = "pydata_sphinx_theme"
 html_title = f"pymc_kron {release}"
 html_extra_path = ["_site"]
-html_theme_options = {"header_links_before_dropdown": 7}
+html_static_path = ["_static"]
+html_css_files = ["pages.css"]
+html_theme_options = {"header_links_before_dropdown": 5}
+# Pages of the first level have no section to navigate, but for those that are one
+SECTION = ["sidebar-nav-bs"]
+html_sidebars = {"CHANGELOG": [], "docs/*": [], "docs/api": SECTION, "docs/notebooks": SECTION}
 
 
 def show_parameters(app, what, name, obj, options, signature, return_annotation):
