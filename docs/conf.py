@@ -38,6 +38,11 @@ myst_heading_anchors = 3
 default_role = "autolink"
 autodoc_typehints = "none"
 numpydoc_show_class_members = False
+# "all" but these. Not every text needs more than its first line or a See Also (ES01, SA01), and the
+# tests look for examples (EX01). Distributions document what `dist` takes, results their
+# attributes (PR01, PR02), and parameters as of another function have the types that they have
+# there (PR04)
+numpydoc_validation_checks = {"all", "ES01", "EX01", "PR01", "PR02", "PR04", "SA01"}
 
 OTHER_PROJECTS = {
     "arviz": "https://python.arviz.org/en/stable/",
