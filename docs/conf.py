@@ -1,9 +1,7 @@
 """The documentation site.
 
 Its source folder is the repository, so that notebooks and changelog are pages where they are, and a
-link leads to the same file here and on a code host::
-
-    uv run --group docs sphinx-build -W --keep-going -c docs . docs/_build/html
+link leads to the same file here and on a code host. How to build it: ``developer/documentation.md``.
 """
 
 import inspect
@@ -26,7 +24,7 @@ extensions = [
     "sphinx.ext.mathjax",
 ]
 root_doc = "docs/index"
-include_patterns = ["docs/**", "notebooks/*.ipynb", "CHANGELOG.md"]
+include_patterns = ["docs/**", "notebooks/*.ipynb", "C*.md"]
 exclude_patterns = [".*", "docs/_*"]
 # Absolute, since autosummary looks from the source folder and HTML from this one
 templates_path = [str(Path(__file__).parent / "_templates")]
@@ -69,7 +67,8 @@ html_css_files = ["pages.css"]
 html_theme_options = {"header_links_before_dropdown": 5}
 # Pages of the first level have no section to navigate, but for those that are one
 SECTION = ["sidebar-nav-bs"]
-html_sidebars = {"CHANGELOG": [], "docs/*": [], "docs/api": SECTION, "docs/notebooks": SECTION}
+html_sidebars = {"C*": [], "docs/*": []}
+html_sidebars |= dict.fromkeys(["docs/api", "docs/migration", "docs/notebooks"], SECTION)
 
 
 def show_parameters(app, what, name, obj, options, signature, return_annotation):

@@ -20,7 +20,7 @@ DOCUMENTED = {
     "transforms.whiten": pymc_kron.transforms.whiten,
 }
 # What `explain` returns
-RESULTS = ["Explanation", "Fired", "DenseProduct", "Factor", "Reason"]
+RESULTS = ["Explanation", "Fired", "DenseProduct"]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 BUILT = ROOT / "docs" / "_build"
 PAGES = [
