@@ -1,7 +1,7 @@
 """The documentation site.
 
-Its source folder is the repository, so that notebooks and changelog are pages where they are, and a
-link leads to the same file here and on a code host. How to build it: ``developer/documentation.md``.
+Its source folder is the repository, so that notebooks and changelog are pages where they are, and
+a link leads to the same file here and on a code host. ``developer/documentation.md`` says more.
 """
 
 import inspect
