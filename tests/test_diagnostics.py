@@ -10,7 +10,7 @@ from pytensor.graph.basic import equal_computations
 from pytensor.graph.fg import FunctionGraph
 
 import pymc_kron as pk
-from pymc_kron.costs import DECOMPOSITIONS
+from pymc_kron.diagnostics.costs import DECOMPOSITIONS
 from tests.helpers import PY, WITHOUT_KRON, random_spd
 
 kron = pt.linalg.kron

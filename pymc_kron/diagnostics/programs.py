@@ -1,13 +1,10 @@
-"""What the rewrites did to a model, a graph or a compiled function, and what stayed dense."""
+"""The programs that a model, a graph or a compiled function is, rewritten for `explain` to read."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from html import escape
-from itertools import chain, zip_longest
-from textwrap import wrap
+from itertools import chain
 
-import numpy as np
 from pymc.model import Model
 from pymc.model.core import ValueGradFunction
 from pymc.pytensorf import PointFunc, resolve_shapes, rewrite_pregrad
@@ -28,7 +25,14 @@ from pytensor.tensor.blockwise import Blockwise
 from pytensor.tensor.linalg.products import KroneckerProduct
 from pytensor.tensor.shape import Shape, Shape_i
 
-from pymc_kron.costs import OF_THE_DENSITY, first_product, flops_saved, nbytes, shape_of
+from pymc_kron.diagnostics.costs import (
+    OF_THE_DENSITY,
+    first_product,
+    flops_saved,
+    nbytes,
+    shape_of,
+)
+from pymc_kron.diagnostics.report import DenseProduct, Factor, Fired, Reason, total
 from pymc_kron.rewriting.bundle import outcomes
 from pymc_kron.rewriting.journal import (
     Entry,
@@ -41,303 +45,6 @@ from pymc_kron.rewriting.journal import (
 )
 from pymc_kron.structure import Refusal, kron_factors
 
-WIDTH = 100
-NOTHING_FOUND = "no Kronecker product found"
-DENSE = "Stays dense"
-FIRED = "Rewritten factorwise"
-
-
-@dataclass(frozen=True)
-class Factor:
-    """A factor of a Kronecker product.
-
-    Attributes
-    ----------
-    name
-        The name of its variable, "?" if it has none.
-    shape
-        Its shape, with None for a size that isn't known before the program runs.
-    """
-
-    name: str
-    shape: StaticShape
-
-    def __str__(self) -> str:
-        return f"{self.name}[{_show_shape(self.shape)}]"
-
-
-@dataclass(frozen=True)
-class Reason:
-    """Why a Kronecker product stayed dense.
-
-    Attributes
-    ----------
-    reason
-        The guard that refused, in words.
-    advice
-        What can be done about it.
-    """
-
-    reason: str
-    advice: str
-
-    def __str__(self) -> str:
-        return f"{self.reason}: {self.advice}" if self.advice else self.reason
-
-
-@dataclass(frozen=True)
-class Fired:
-    """A rewrite that fired.
-
-    Attributes
-    ----------
-    program
-        The program that it fired in: "logp", "gradient", "draws", "graph" or "function".
-    rewrite
-        The name of the rewrite.
-    op
-        The operation that the Kronecker product went into.
-    factors
-        The factors of the product, None if it isn't among the inputs of the operation.
-    count
-        How many times it fired for this operation on such factors.
-    flops_saved
-        An estimate of the floating point operations saved, None if a size isn't known. That of
-        a density is with the rewrites of its formula.
-    bytes_saved
-        The memory of the products that aren't formed, None if a size isn't known.
-    """
-
-    program: str
-    rewrite: str
-    op: str
-    factors: tuple[Factor, ...] | None
-    count: int
-    flops_saved: float | None
-    bytes_saved: int | None
-
-
-@dataclass(frozen=True)
-class DenseProduct:
-    """A Kronecker product, or the gradient in one, that a program forms.
-
-    Attributes
-    ----------
-    programs
-        The programs that form it: "logp", "gradient", "draws", "graph" or "function".
-    factors
-        The factors of the product.
-    shape
-        The shape of the array, with None for a size that isn't known before the program runs.
-    dtype
-        Its dtype.
-    nbytes
-        Its memory, None if a size isn't known.
-    consumers
-        The operations that it goes into.
-    reasons
-        Why it isn't factorwise, and what can be done about it.
-    is_gradient
-        Whether the array is the gradient in the product.
-    inside
-        The operation in whose inner graph it is formed, such as "Scan", or None.
-    """
-
-    programs: tuple[str, ...]
-    factors: tuple[Factor, ...]
-    shape: StaticShape
-    dtype: str
-    nbytes: int | None
-    consumers: tuple[str, ...]
-    reasons: tuple[Reason, ...]
-    is_gradient: bool = False
-    inside: str | None = None
-
-
-@dataclass(frozen=True)
-class Explanation:
-    """What `pymc_kron.explain` found: prints as a table, in a notebook as HTML.
-
-    Attributes
-    ----------
-    fired : tuple of Fired
-        The rewrites that fired, each once for an operation and the shapes of the factors.
-    dense : tuple of DenseProduct
-        The Kronecker products that stayed dense.
-    flops_saved : float or None
-        The sum of the operations saved, None if one of them isn't known.
-    bytes_saved : int or None
-        The memory of the products that aren't formed, each counted once a program; None if a
-        size isn't known.
-    is_factorwise : bool
-        Whether no Kronecker product stayed dense.
-    """
-
-    fired: tuple[Fired, ...]
-    dense: tuple[DenseProduct, ...]
-    bytes_saved: int | None = 0
-
-    @property
-    def flops_saved(self) -> float | None:
-        return _total(row.flops_saved for row in self.fired)
-
-    @property
-    def is_factorwise(self) -> bool:
-        return not self.dense
-
-    def __str__(self) -> str:
-        if not self.fired and not self.dense:
-            return NOTHING_FOUND
-        parts = [_text_of_dense(self.dense)] if self.dense else []
-        if self.fired:
-            parts.append("\n".join([FIRED, *_text_table(*_fired_table(self.fired))]))
-        return "\n\n".join([*parts, "\n".join(wrap(self._summary(), WIDTH))])
-
-    __repr__ = __str__
-
-    def _repr_html_(self) -> str:
-        if not self.fired and not self.dense:
-            return f"<p>{NOTHING_FOUND}</p>"
-        parts = []
-        if self.dense:
-            header, rows = _dense_table(self.dense)
-            reasons = ["\n".join(map(str, product.reasons)) for product in self.dense]
-            rows = [[*row, reason] for row, reason in zip(rows, reasons, strict=True)]
-            parts.append(_html_table(DENSE, [*header, "why, and what to do"], rows))
-        if self.fired:
-            parts.append(_html_table(FIRED, *_fired_table(self.fired)))
-        return "\n".join([*parts, f"<p>{escape(self._summary())}</p>"])
-
-    def _summary(self) -> str:
-        match len(self.dense):
-            case 0:
-                dense = "No Kronecker product stays dense."
-            case 1:
-                dense = "1 array of the size of a product is formed."
-            case n:
-                dense = f"{n} arrays of the size of a product are formed."
-        flops = sum(row.flops_saved or 0 for row in self.fired)
-        saved = [f"{_show_flops(flops)} floating point operations"] if flops > 0 else []
-        if self.bytes_saved:
-            saved.append(f"{_show_bytes(self.bytes_saved)} of memory")
-        if not saved:
-            return dense
-        at_least = "at least " if self.flops_saved is None or self.bytes_saved is None else ""
-        return f"{dense} The rewrites save {at_least}about {' and '.join(saved)}."
-
-
-def explain(x) -> Explanation:
-    """Say which rewrites fired, which Kronecker products stayed dense, and why.
-
-    Nothing is compiled to machine code, and what is given isn't changed.
-
-    Parameters
-    ----------
-    x : pymc.Model, TensorVariable, sequence of TensorVariable, FunctionGraph or Function
-        A model stands for what is compiled from it: its log-density ("logp"), the gradient of
-        that ("gradient"), and a prior predictive draw with its deterministics ("draws"). A graph
-        is rewritten as PyTensor's default mode would. Of a compiled function, `explain`
-        shows what was rewritten while it was compiled; PyMC has rewritten the log-density of a
-        model by then, so pass the model to see that too.
-
-    Returns
-    -------
-    Explanation
-        Prints as a table, in a notebook as HTML. What is printed is in its attributes too.
-
-    Raises
-    ------
-    TypeError
-        If `x` is something else.
-
-    See Also
-    --------
-    assert_no_dense_kron : The same as a test.
-
-    Notes
-    -----
-    The operations saved are estimates: the leading terms of the counts in [1]_ for the dense
-    operation and for those on the factors. A decomposition that a dense program could share is
-    counted once. The gradient of what was factorwise before the gradient was taken is factorwise
-    too; no rewrite fires there, and what that saves isn't counted.
-
-    References
-    ----------
-    .. [1] Golub, G. H. and Van Loan, C. F. (2013). "Matrix computations", 4th edition. Johns
-       Hopkins University Press.
-
-    Examples
-    --------
-    .. code-block:: python
-
-        import pytensor.tensor as pt
-        import pymc_kron as pk
-
-        A = pt.matrix("A", shape=(30, 30))
-        B = pt.matrix("B", shape=(40, 40))
-        K = pt.linalg.kron(A, B)
-        b = pt.vector("b", shape=(1200,))
-
-        explanation = pk.explain([pt.linalg.solve(K, b), pt.exp(K).sum()])
-        print(explanation)
-        [product] = explanation.dense
-        assert product.shape == (1200, 1200)
-        assert product.consumers == ("Exp",)
-    """
-    fired: list[Fired] = []
-    dense: list[DenseProduct] = []
-    bytes_saved: list[int | None] = []
-    for program in _programs(x):
-        # First, since it adds what the rewrites did to inner graphs to the journal
-        dense_here = list(_dense_products(program))
-        fired_here, saved = _fired(program, dense_here)
-        dense.extend(dense_here)
-        fired.extend(fired_here)
-        bytes_saved.append(saved)
-    return Explanation(tuple(fired), tuple(dense), _total(bytes_saved))
-
-
-def assert_no_dense_kron(x) -> None:
-    """Fail if a Kronecker product stays dense, with a table of what does and why.
-
-    Parameters
-    ----------
-    x : pymc.Model, TensorVariable, sequence of TensorVariable, FunctionGraph or Function
-        As for `explain`.
-
-    Raises
-    ------
-    AssertionError
-        If a program forms a Kronecker product, or the gradient in one.
-    TypeError
-        If `x` is something else.
-
-    See Also
-    --------
-    explain : The same as a table, with what was rewritten.
-
-    Examples
-    --------
-    In the test suite of a project that has a model:
-
-    .. code-block:: python
-
-        import numpy as np
-        import pymc as pm
-        import pytensor.tensor as pt
-        import pymc_kron as pk
-
-        with pm.Model() as model:
-            scale = pm.HalfNormal("scale")
-            cov = pt.linalg.kron(scale * np.eye(3), np.eye(4))
-            pm.MvNormal("y", np.zeros(12), cov, observed=np.ones(12))
-
-        pk.assert_no_dense_kron(model)
-    """
-    dense = explain(x).dense
-    if dense:
-        raise AssertionError(f"a Kronecker product stays dense\n\n{_text_of_dense(dense)}")
-
 
 @dataclass(frozen=True)
 class _Use:
@@ -349,7 +56,7 @@ class _Use:
 
 
 @dataclass(frozen=True)
-class _Program:
+class Program:
     """A rewritten graph, and what is known about how it came about.
 
     Attributes
@@ -379,17 +86,17 @@ class _Program:
     inside: str | None = None
 
 
-def _programs(x) -> Iterator[_Program]:
+def programs_of(x) -> Iterator[Program]:
     """Rewrite what a user gave, on a copy."""
     match x:
         case Model():
             yield from _programs_of_model(x)
         case PointFunc(f=function) | ValueGradFunction(_pytensor_function=function):
-            yield from _programs(function)
+            yield from programs_of(function)
         case Function():
             journal = journal_of(x.maker.fgraph)
             outputs = x.maker.fgraph.outputs
-            yield _Program(
+            yield Program(
                 _with_blockwise(FunctionGraph(outputs=outputs, clone=True, copy_inputs=False)),
                 ("function",) * len(outputs),
                 {"function": [] if journal is None else list(journal.entries)},
@@ -415,7 +122,7 @@ def _describe(x) -> str:
     return f"an object of type {type(x).__name__}"
 
 
-def _programs_of_model(model: Model) -> Iterator[_Program]:
+def _programs_of_model(model: Model) -> Iterator[Program]:
     """Follow what PyMC does before it samples and before it draws."""
     if model.basic_RVs or model.potentials:
         with listening() as entries:
@@ -435,13 +142,13 @@ def _programs_of_model(model: Model) -> Iterator[_Program]:
 
 def _rewritten(
     outputs: Sequence[Variable], names: Sequence[str], *, stage: str | None = None
-) -> _Program:
+) -> Program:
     fgraph = FunctionGraph(outputs=list(outputs), clone=True, copy_inputs=False)
-    program = _Program(fgraph, tuple(names), {stage or names[0]: []})
+    program = Program(fgraph, tuple(names), {stage or names[0]: []})
     return _rewrite(program)
 
 
-def _rewrite(program: _Program) -> _Program:
+def _rewrite(program: Program) -> Program:
     """Rewrite a graph as the default mode does, but keep it readable.
 
     Without what comes last: inner graphs aren't rewritten, elementwise operations aren't fused
@@ -518,7 +225,7 @@ class _FoldedProducts(Feature):
             self.folded[new_var] = var.owner
 
 
-def _fired(program: _Program, dense: Sequence[DenseProduct]) -> tuple[list[Fired], int | None]:
+def fired_in(program: Program, dense: Sequence[DenseProduct]) -> tuple[list[Fired], int | None]:
     """Return a row for each rewrite, operation and factors, and the memory saved by all."""
     rows: dict[tuple, list[tuple[Entry, float | None]]] = {}
     entries = [
@@ -539,7 +246,7 @@ def _fired(program: _Program, dense: Sequence[DenseProduct]) -> tuple[list[Fired
             op,
             factors,
             count=len(row),
-            flops_saved=_total(saved for _, saved in row),
+            flops_saved=total(saved for _, saved in row),
             bytes_saved=_bytes_saved([entry for entry, _ in row], dense),
         )
         for (name, rewrite, op, factors), row in rows.items()
@@ -560,7 +267,7 @@ def _bytes_saved(entries: Iterable[Entry], dense: Sequence[DenseProduct]) -> int
         if not any(entry.products):
             return None
         products |= {product.number: product for product in entry.products if product is not None}
-    return _total(
+    return total(
         nbytes(shape_of(product), product.dtype)
         for product in products.values()
         if product.shapes not in formed
@@ -571,7 +278,7 @@ def _factors_of(product: Product) -> tuple[Factor, ...]:
     return tuple(map(Factor, product.names, product.shapes))
 
 
-def _dense_products(program: _Program) -> Iterator[DenseProduct]:
+def dense_products_in(program: Program) -> Iterator[DenseProduct]:
     """Yield what of the size of a Kronecker product is formed, in inner graphs too."""
     needed = [set(ancestors([output])) for output in program.fgraph.outputs]
 
@@ -594,7 +301,7 @@ def _dense_products(program: _Program) -> Iterator[DenseProduct]:
                 kron_node, cotangent, [use], names, program.inside, is_gradient=True
             )
         elif isinstance(op, HasInnerGraph) and _has_kron(op.fgraph):
-            for product in _dense_products(_inner_program(program, node)):
+            for product in dense_products_in(_inner_program(program, node)):
                 yield replace(product, programs=names_of(output))
 
     for constant in filter(_is_constant, program.fgraph.variables):
@@ -604,7 +311,7 @@ def _dense_products(program: _Program) -> Iterator[DenseProduct]:
                 yield _dense_product(kron_node, constant, uses, names_of(constant), program.inside)
 
 
-def _inner_program(program: _Program, node: Apply) -> _Program:
+def _inner_program(program: Program, node: Apply) -> Program:
     """Return the program that is an inner graph, and add its journal to the outer one's."""
     inner = _core_op(node).fgraph
     fgraph = inner.unfreeze() if isinstance(inner, FrozenFunctionGraph) else inner.clone()
@@ -613,7 +320,7 @@ def _inner_program(program: _Program, node: Apply) -> _Program:
     names, label = (name,) * len(fgraph.outputs), _label(node)
     if program.is_compiled:
         return replace(program, fgraph=fgraph, names=names, inside=label)
-    rewritten = _rewrite(_Program(fgraph, names, {name: []}, inside=label))
+    rewritten = _rewrite(Program(fgraph, names, {name: []}, inside=label))
     program.entries[name].extend(rewritten.entries[name])
     return rewritten
 
@@ -646,7 +353,7 @@ def _uses_of(fgraph: FunctionGraph, var: Variable) -> Iterator[tuple[Variable, A
             yield var, client
 
 
-def _last_uses(program: _Program, var: Variable) -> list[_Use]:
+def _last_uses(program: Program, var: Variable) -> list[_Use]:
     """Return what a product goes into, as it was written before operations were specialized."""
     now = list(_uses_of(program.fgraph, var))
     before = program.uses.get(var, [])
@@ -699,7 +406,7 @@ ADVICE = {
 """What to do about an operation that no rewrite knows, by its name."""
 
 
-def _use(program: _Program, product: Variable, var: Variable, client: Apply) -> _Use:
+def _use(program: Program, product: Variable, var: Variable, client: Apply) -> _Use:
     """Ask the rewrites, and then the journal, about an operation that a product goes into.
 
     Parameters
@@ -759,7 +466,7 @@ def _use(program: _Program, product: Variable, var: Variable, client: Apply) -> 
     return _Use(client, label, tuple(found or [unknown_reason]))
 
 
-def _refusals(program: _Program, kron_node: Apply) -> Iterator[tuple[str, Refusal]]:
+def _refusals(program: Program, kron_node: Apply) -> Iterator[tuple[str, Refusal]]:
     """Yield the refusals in the journal that are about a product, with the operations."""
     for entry in chain.from_iterable(program.entries.values()):
         if entry.refusal is not None and any(
@@ -772,7 +479,7 @@ def _is_linear_algebra(node: Apply) -> bool:
     return hasattr(_core_op(node), "gufunc_signature")
 
 
-def _is_about(product: Product | None, program: _Program, kron_node: Apply) -> bool:
+def _is_about(product: Product | None, program: Program, kron_node: Apply) -> bool:
     """Whether an entry of the journal is about a product, as far as that can be known."""
     current = product_in(kron_node.outputs[0])
     if product is None or current is None:
@@ -834,126 +541,3 @@ def _value_of(size: Variable) -> int | None:
         # The sizes in a compiled graph are computed in place
         return int(size.eval(mode=Mode(linker="py", optimizer=None), accept_inplace=True))
     return None
-
-
-def _total[Number: (int, float)](values: Iterable[Number | None]) -> Number | None:
-    """Return the sum, None if one of the values isn't known."""
-    values = list(values)
-    known = [value for value in values if value is not None]
-    return sum(known) if len(known) == len(values) else None
-
-
-def _dense_table(dense: Sequence[DenseProduct]) -> tuple[list[str], list[list[str]]]:
-    rows = []
-    for product in dense:
-        gradient = "gradient in " if product.is_gradient else ""
-        inside = "" if product.inside is None else f"{product.inside} in "
-        rows.append(
-            [
-                gradient + _show_product(product.factors),
-                f"{_show_shape(product.shape)} {product.dtype}",
-                _show_bytes(product.nbytes),
-                inside + ", ".join(product.programs),
-                ", ".join(product.consumers),
-            ]
-        )
-    return ["product", "shape", "memory", "in", "used by"], rows
-
-
-def _fired_table(fired: Sequence[Fired]) -> tuple[list[str], list[list[str]]]:
-    header = ["rewrite", "operation", "product", "in", "times", "flops saved", "memory saved"]
-    rows = [
-        [
-            row.rewrite,
-            row.op,
-            "?" if row.factors is None else _show_product(row.factors),
-            row.program,
-            str(row.count),
-            _show_flops(row.flops_saved),
-            _show_bytes(row.bytes_saved),
-        ]
-        for row in fired
-    ]
-    return header, rows
-
-
-def _show_shape(shape: StaticShape) -> str:
-    return "x".join("?" if size is None else str(size) for size in shape)
-
-
-def _show_product(factors: Sequence[Factor]) -> str:
-    return " (x) ".join(map(str, factors))
-
-
-def _show_flops(flops: float | None) -> str:
-    if flops is None:
-        return "?"
-    if flops == 0:
-        return "-"
-    return f"{flops:.0f}" if abs(flops) < 1e4 else f"{flops:.1e}"
-
-
-def _show_bytes(n_bytes: float | None) -> str:
-    if n_bytes is None:
-        return "?"
-    if n_bytes == 0:
-        return "-"
-    exponent = min(int(np.log2(n_bytes)) // 10, 4)
-    unit = ("B", "KiB", "MiB", "GiB", "TiB")[exponent]
-    return f"{n_bytes / 1024**exponent:.{0 if exponent == 0 else 1}f} {unit}"
-
-
-def _text_of_dense(dense: Sequence[DenseProduct]) -> str:
-    """Return the table of what stays dense, with the reasons below each row."""
-    reasons = [
-        [
-            line
-            for reason in product.reasons
-            for line in wrap(
-                str(reason), WIDTH, initial_indent="  because ", subsequent_indent=" " * 10
-            )
-        ]
-        for product in dense
-    ]
-    return "\n".join([DENSE, *_text_table(*_dense_table(dense), reasons)])
-
-
-def _text_table(
-    header: list[str], rows: list[list[str]], notes: Sequence[list[str]] = ()
-) -> Iterator[str]:
-    """Yield the lines of a table in plain text, long cells wrapped, and notes below the rows."""
-    gap = "  "
-    columns = list(zip(header, *rows, strict=True))
-    widths = [max(map(len, column)) for column in columns]
-    longest_words = [max(map(len, " ".join(column).split())) for column in columns]
-    while (total := sum(widths) + len(gap) * (len(widths) - 1)) > WIDTH:
-        # Words are only broken where nothing else helps
-        spare = [width > word for width, word in zip(widths, longest_words, strict=True)]
-        i = max(range(len(widths)), key=lambda i: (spare[i], widths[i]))
-        widths[i] -= 1
-    rule = "-" * total
-
-    def lines(row: list[str]) -> Iterator[str]:
-        columns = [wrap(cell, width) for cell, width in zip(row, widths, strict=True)]
-        for parts in zip_longest(*columns, fillvalue=""):
-            line = gap.join(part.ljust(width) for part, width in zip(parts, widths, strict=True))
-            yield line.rstrip()
-
-    yield rule
-    yield from lines(header)
-    yield rule
-    for row, note in zip_longest(rows, notes, fillvalue=()):
-        yield from lines(list(row))
-        yield from note
-
-
-def _html_table(title: str, header: list[str], rows: list[list[str]]) -> str:
-    def line(tag: str, row: list[str]) -> str:
-        cells = (escape(cell).replace("\n", "<br>") for cell in row)
-        return f"<tr>{''.join(f'<{tag}>{cell}</{tag}>' for cell in cells)}</tr>"
-
-    body = "".join(line("td", row) for row in rows)
-    return (
-        f"<table><caption>{escape(title)}</caption>"
-        f"<thead>{line('th', header)}</thead><tbody>{body}</tbody></table>"
-    )
