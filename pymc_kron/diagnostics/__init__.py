@@ -1,7 +1,15 @@
 """What the rewrites did to a model, a graph or a compiled function, and what stayed dense."""
 
-from pymc_kron.diagnostics.programs import dense_products_in, fired_in, programs_of
+from pymc.model import Model
+
+from pymc_kron.diagnostics.programs import (
+    dense_products_in,
+    distributions_of,
+    fired_in,
+    programs_of,
+)
 from pymc_kron.diagnostics.report import DenseProduct, Explanation, Fired, dense_table, total
+from pymc_kron.diagnostics.scales import shared_scales
 
 
 def explain(x) -> Explanation:
@@ -72,7 +80,13 @@ def explain(x) -> Explanation:
         dense.extend(dense_here)
         fired.extend(fired_here)
         bytes_saved.append(saved)
-    return Explanation(tuple(fired), tuple(dense), total(bytes_saved))
+    return Explanation(
+        tuple(fired),
+        tuple(dense),
+        total(bytes_saved),
+        distributions_of(x) if isinstance(x, Model) else (),
+        shared_scales(x) if isinstance(x, Model) else (),
+    )
 
 
 def assert_no_dense_kron(x) -> None:

@@ -19,7 +19,7 @@ from pytensor.graph.fg import FrozenFunctionGraph, FunctionGraph, Output
 from pytensor.graph.op import HasInnerGraph
 from pytensor.graph.rewriting.basic import GraphRewriter
 from pytensor.graph.rewriting.db import RewriteDatabaseQuery
-from pytensor.graph.traversal import ancestors, graph_inputs
+from pytensor.graph.traversal import ancestors, graph_inputs, toposort
 from pytensor.scalar.basic import Composite
 from pytensor.tensor.blockwise import Blockwise
 from pytensor.tensor.linalg.products import KroneckerProduct
@@ -32,7 +32,8 @@ from pymc_kron.diagnostics.costs import (
     nbytes,
     shape_of,
 )
-from pymc_kron.diagnostics.report import DenseProduct, Factor, Fired, Reason, total
+from pymc_kron.diagnostics.report import DenseProduct, Distribution, Factor, Fired, Reason, total
+from pymc_kron.distributions.grid_rv import GridMvNormalRV
 from pymc_kron.rewriting.bundle import outcomes
 from pymc_kron.rewriting.journal import (
     Entry,
@@ -138,6 +139,23 @@ def _programs_of_model(model: Model) -> Iterator[Program]:
     draws = [*model.basic_RVs, *model.deterministics]
     if draws:
         yield _rewritten(draws, ["draws"] * len(draws))
+
+
+def distributions_of(model: Model) -> tuple[Distribution, ...]:
+    """Return the distributions of this package in a model."""
+    rvs = model.basic_RVs
+    found = []
+    for rv in rvs:
+        for node in toposort([rv], blockers=[other for other in rvs if other is not rv]):
+            if isinstance(node.op, GridMvNormalRV):
+                _rng, _size, _mu, *parts = node.inputs
+                covariance = node.op.covariance(*parts)
+                matrices = [factor.parts[-1] for factor in covariance.signal]
+                factors = tuple(Factor(name_of(matrix), _shape_of(matrix)) for matrix in matrices)
+                name, _ = node.op._print_name
+                has_noise = covariance.noise is not None
+                found.append(Distribution(rv.name, name, factors, has_noise))
+    return tuple(found)
 
 
 def _rewritten(

@@ -6,10 +6,9 @@ from html import escape
 from textwrap import wrap
 
 import numpy as np
-from pytensor.graph.basic import Variable
 
 from pymc_kron.diagnostics.tables import WIDTH, Table
-from pymc_kron.rewriting.journal import StaticShape, name_of
+from pymc_kron.rewriting.journal import StaticShape
 
 NOTHING_FOUND = "no Kronecker product found"
 SHARED_SCALE = (
@@ -267,11 +266,6 @@ class Explanation:
             return dense
         at_least = "at least " if self.flops_saved is None or self.bytes_saved is None else ""
         return f"{dense} The rewrites save {at_least}about {' and '.join(saved)}."
-
-
-def factor_of(var: Variable) -> Factor:
-    """Describe a factor by its name and its static shape."""
-    return Factor(name_of(var), var.type.shape)
 
 
 def total[Number: (int, float)](values: Iterable[Number | None]) -> Number | None:
