@@ -83,6 +83,25 @@ def test_a_model_that_is_factorwise(kind):
     pk.assert_no_dense_kron(factorwise_model(kind))
 
 
+@pytest.mark.parametrize("sigma", [None, 0.5])
+def test_distributions_that_are_factorwise_as_written(sigma):
+    with pm.Model() as model:
+        pk.TensorNormal("y", covs=[space(), TIME], sigma=sigma, observed=Y.reshape(3, 4))
+    explanation = pk.explain(model)
+    assert explanation.is_factorwise
+    [distribution] = explanation.distributions
+    assert (distribution.variable, distribution.name) == ("y", "TensorNormal")
+    assert [str(factor) for factor in distribution.factors] == ["K_space[3x3]", "?[4x4]"]
+    assert distribution.has_noise == (sigma is not None)
+    # Its log-density with noise is a closed form, in which nothing is left to rewrite
+    assert bool(explanation.fired) == (sigma is None)
+    text, html = str(explanation), explanation._repr_html_()
+    for part in ("Factorwise as written", "TensorNormal", "No Kronecker product stays dense."):
+        assert part in text
+        assert part in html
+    assert ("K_space[3x3] (x) ?[4x4] + noise" in text) == (sigma is not None)
+
+
 def test_a_model_that_is_not():
     model = dense_model()
     explanation = pk.explain(model)

@@ -13,8 +13,7 @@ from pytensor.tensor.variable import TensorVariable
 from pymc_kron.covariances import Covariance, KronSumCovariance
 from pymc_kron.distributions.grid_rv import GridMvNormalRV
 from pymc_kron.rewriting.journal import name_of
-from pymc_kron.rewriting.sums import Parts, read_sum, scalar_product
-from pymc_kron.structure import Matrices, Refusal, gram_root, inverted_matrix, kron_factors
+from pymc_kron.structure import Matrices, gram_root, inverted_matrix, kron_factors
 
 
 @dataclass(frozen=True)
@@ -91,55 +90,35 @@ def _read_variable(rv: Variable, given: Sequence[Variable], reading: Reading) ->
 
 
 def _read_parameter(parameter: Variable, given: Sequence[Variable], reading: Reading) -> None:
-    """Read what is a product, a sum of products and noise, or computed from products."""
-    parts = _parts_of(parameter)
-    for i, (scales, factors) in enumerate(parts):
-        if factors is None:
-            reading.others.extend(scales)
-        else:
-            reading.products.append(_product((parameter, i), factors, scales))
-    if parts:
-        return
-    known = {var for var in ancestors([parameter], blockers=given) if _is_product(var)}
-    inner = {inp for var in known for inp in var.owner.inputs}
-    formed = [var for var in known if var not in inner]
-    reading.products.extend(_product((var, 0), kron_factors(var) or ()) for var in formed)
-    reading.formed.extend(formed)
-    reading.others.append(parameter)
+    """Read a parameter: the longest products in it, and what it is beside them."""
+    products = {var for var in ancestors([parameter], blockers=given) if _is_product(var)}
+    inner = {inp for var in products for inp in var.owner.inputs}
+    formed = [var for var in products if var not in inner]
+    reading.products.extend(_product((var,), kron_factors(var) or ()) for var in formed)
+    if parameter not in formed:
+        reading.formed.extend(formed)
+        reading.others.append(parameter)
 
 
 def _is_product(var: Variable) -> bool:
     return isinstance(var, TensorVariable) and var.type.ndim > 1 and kron_factors(var) is not None
 
 
-def _parts_of(var: Variable) -> Parts:
-    """Return the scalars and the factors of each term of a matrix, none if it is another one."""
-    if not isinstance(var, TensorVariable) or var.type.ndim < 2:
-        return []
-    factors = kron_factors(var)
-    if factors is not None:
-        return [((), factors)]
-    try:
-        return read_sum(var) or []
-    except Refusal:
-        return []
-
-
 def _products_of(covariance: Covariance) -> Iterator[ModelProduct]:
     match covariance:
         case KronSumCovariance(kron_sum):
             for i, scale in enumerate(kron_sum.scales):
-                yield _product((*kron_sum.inputs, i), kron_sum.factors(i), [scale])
+                yield _product((*kron_sum.inputs, i), kron_sum.factors(i), scale)
         case _:
             factors = [factor.covariance() for factor in covariance.signal]
             yield _product(tuple(covariance.parts), factors)
 
 
-def _product(key: Hashable, factors: Matrices, scales: Matrices = ()) -> ModelProduct:
+def _product(key: Hashable, factors: Matrices, scale: TensorVariable | None = None) -> ModelProduct:
     names = tuple(map(_name_of, factors))
-    if scales:
+    if scale is not None:
         first, *others = factors
-        factors = [scalar_product(scales, first.type.dtype)[..., None, None] * first, *others]
+        factors = [scale[..., None, None] * first, *others]
     return ModelProduct(key, factors, names)
 
 

@@ -11,11 +11,6 @@ from pymc_kron.diagnostics.tables import WIDTH, Table
 from pymc_kron.rewriting.journal import StaticShape
 
 NOTHING_FOUND = "no Kronecker product found"
-SHARED_SCALE = (
-    "A (x) B = cA (x) (B / c), so that only the prior tells these scales apart: fix those of all "
-    "but one of the factors, with a correlation matrix (pm.LKJCorr) or a kernel without an "
-    "amplitude"
-)
 
 
 @dataclass(frozen=True)
@@ -300,8 +295,16 @@ def _scales_table(shared_scales: Sequence[SharedScale]) -> Table:
         [shared.variable, "; ".join(map(str, shared.factors)), str(shared.n_unidentified)]
         for shared in shared_scales
     ]
-    header = ["of", "factors, and what scales them", "not identified"]
-    return Table("Share a scale", header, rows, [[SHARED_SCALE] for _ in shared_scales])
+    reasons = [
+        [
+            "A (x) B = cA (x) (B / c), so that only the prior tells these scales apart: fix "
+            f"{shared.n_unidentified} of them, with a correlation matrix (pm.LKJCorr), a kernel "
+            "without an amplitude, or one amplitude for the product"
+        ]
+        for shared in shared_scales
+    ]
+    header = ["variable", "factors, and what scales them", "scales too many"]
+    return Table("Share a scale", header, rows, reasons)
 
 
 def _fired_table(fired: Sequence[Fired]) -> Table:

@@ -13,10 +13,11 @@ Econometrica 39(3), 577-591, theorem 1). Hence such directions are looked for at
 solutions of a linear system in ``v`` and ``s``, and it doesn't matter how an amplitude is written.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import islice
+from itertools import accumulate, islice
+from math import prod
 
 import numpy as np
 import pytensor
@@ -36,11 +37,8 @@ from pymc_kron.diagnostics.report import Factor, ScaledFactor, SharedScale
 MAX_COORDINATES = 2000
 """Each takes four evaluations of the factors. Of a model with more of them nothing is said."""
 
-EPS = float(np.finfo(pytensor.config.floatX).eps)
-STEP = EPS**0.2
-"""Differences of fourth order with this step have a relative error of about ``EPS**0.8``."""
-TOLERANCE, VISIBLE = EPS**0.4, EPS**0.2
-"""Above errors: the relative distance of equal directions, and a change that isn't none."""
+MAX_CELLS = 4000
+"""Of a model of more, nothing is said if it takes an array of the size of a dense covariance."""
 
 type Array = NDArray[np.floating]
 type Point = Mapping[Variable, np.ndarray]
@@ -76,65 +74,46 @@ def shared_scales(model: Model) -> tuple[SharedScale, ...]:
     counts = [len(product.matrices) for product in owners]
     matrices = [matrix for product in owners for matrix in product.matrices]
     graphs = model.replace_rvs_by_values(matrices) if matrices else []
-    free = _values_in(graphs, model.continuous_value_vars)
-    is_free = iter([bool(_values_in([graph], free)) for graph in graphs])
+    is_free = iter([bool(_values_in([graph], model.continuous_value_vars)) for graph in graphs])
     if all(sum(islice(is_free, count)) < 2 for count in counts):
         return ()
-    point = _regular_point(model, free, graphs)
-    if point is None:
+    coordinates = _Coordinates.of(model, graphs)
+    if coordinates is None:
         return ()
+    factors = coordinates.linearized(graphs)
+    scales, moves = _unidentified(factors, counts, coordinates.eps)
+    if scales.size:
+        beside = coordinates.beside_products(readings)
+        sizes = iter([factor.shape[-1] for factor in factors])
+        n_cells = max(prod(islice(sizes, count)) for count in counts)
+        is_formed = any(reading.formed for reading in readings.values())
+        if n_cells > MAX_CELLS and is_formed and any(graph.type.ndim > 1 for graph in beside):
+            return ()
+        others = coordinates.linearized(beside)
+        scales, moves = _unidentified(factors, counts, coordinates.eps, others)
 
-    factors = _linearized(graphs, free, point)
-    scales, moves = _unidentified(factors, counts)
-    if scales.any():
-        # The prior of what moves says nothing about the data
-        moved = {model.values_to_rvs[value] for value in free}
-        likelihoods = [reading for root, reading in readings.items() if root not in moved]
-        graphs = _others(model, likelihoods, free, point)
-        values = _values_in(graphs, model.value_vars)
-        others = _linearized(graphs, free, {**_start(model, values), **point})
-        scales, moves = _unidentified(factors, counts, others)
-
-    names = [model.values_to_rvs[value].name for value in free]
-    blocks = np.split(np.arange(len(moves)), np.cumsum([point[value].size for value in free])[:-1])
-    rows = zip(factors, scales, strict=True)
     found = []
-    for product, roots in owners.items():
-        own = list(islice(rows, len(product.matrices)))
-        changes = np.array([change for _, change in own])
-        described = [
+    for product, count, end in zip(owners, counts, accumulate(counts), strict=True):
+        changes = scales[end - count : end]
+        scaled = tuple(
             ScaledFactor(
                 position,
                 Factor(name, factor.shape),
-                tuple(
-                    variable
-                    for variable, block in zip(names, blocks, strict=True)
-                    if _is_change(factor.jacobian[:, block] @ moves[block], factor.value)
-                ),
+                coordinates.variables_that_change(factor, moves),
             )
-            for position, (name, (factor, change)) in enumerate(
-                zip(product.names, own, strict=True), 1
+            for position, (name, factor, change) in enumerate(
+                zip(product.names, factors[end - count : end], changes, strict=True), 1
             )
-            if _is_change(change)
-        ]
-        if described:
-            n_unidentified = int(np.linalg.matrix_rank(changes, tol=VISIBLE))
-            found.append(SharedScale(", ".join(roots), tuple(described), n_unidentified))
+            if np.linalg.norm(change) > coordinates.visible
+        )
+        if scaled:
+            n_unidentified = int(np.linalg.matrix_rank(changes, tol=coordinates.visible))
+            found.append(SharedScale(", ".join(owners[product]), scaled, n_unidentified))
     return tuple(found)
 
 
-def _is_change(change: Array, value: Array | float = 1.0) -> bool:
-    return bool(np.linalg.norm(change) > VISIBLE * np.linalg.norm(value))
-
-
-def _values_in(graphs: Sequence[Variable], values: Sequence[Variable]) -> list[Variable]:
-    """Return those of the values that graphs are computed from."""
-    needed = set(ancestors(graphs))
-    return [value for value in values if value in needed]
-
-
 def _unidentified(
-    factors: Sequence[_Linear], counts: Sequence[int], others: Sequence[_Linear] = ()
+    factors: Sequence[_Linear], counts: Sequence[int], eps: float, others: Sequence[_Linear] = ()
 ) -> tuple[Array, Array]:
     """Return a basis of all ``s``, a column each, and a ``v`` for each of them.
 
@@ -144,75 +123,190 @@ def _unidentified(
         The factors of all products, one product after the other.
     counts
         The number of factors of each product.
+    eps
+        The precision of the numbers.
     others
         What has to stay the same.
     """
+    tolerance = eps**0.4
     norms = [np.linalg.norm(factor.value) for factor in factors]
-    units = [factor.value[:, None] / norm for factor, norm in zip(factors, norms, strict=True)]
-    jacobian = np.vstack(
-        [factor.jacobian / norm for factor, norm in zip(factors, norms, strict=True)]
-        + [
-            other.jacobian / np.linalg.norm(other.jacobian)
-            for other in others
-            if np.linalg.norm(other.jacobian) > EPS**0.7 * np.linalg.norm(other.value)
-        ]
-    )
+    rows = [factor.jacobian / norm for factor, norm in zip(factors, norms, strict=True)]
+    for other in others:
+        size = np.linalg.norm(other.jacobian)
+        if size > eps**0.7 * np.linalg.norm(other.value):
+            rows.append(other.jacobian / size)
+    jacobian = np.vstack(rows)
+
     # s with the sum zero for each product, and what they do to the factors
     contrasts = block_diag(*(null_space(np.ones((1, count))) for count in counts))
-    targets = np.zeros((len(jacobian), contrasts.shape[1]))
-    scaled = block_diag(*units)
-    targets[: len(scaled)] = scaled @ contrasts
+    columns = [factor.value[:, None] / norm for factor, norm in zip(factors, norms, strict=True)]
+    scaled = block_diag(*columns) @ contrasts
+    targets = np.vstack([scaled, np.zeros((len(jacobian) - len(scaled), scaled.shape[1]))])
 
     lengths = np.linalg.norm(jacobian, axis=0)
-    lengths[lengths < TOLERANCE] = np.inf
+    lengths[lengths < tolerance] = np.inf
     U, singular, Vt = np.linalg.svd(jacobian / lengths, full_matrices=False)
-    rank = np.count_nonzero(singular > TOLERANCE * singular.max())
+    rank = np.count_nonzero(singular > tolerance * singular.max())
     U, singular, Vt = U[:, :rank], singular[:rank], Vt[:rank]
-    # The part of the targets that no v has is orthogonal to the columns of the Jacobian
+    # What no v does is orthogonal to the range of the Jacobian
     _, distances, Wt = np.linalg.svd(targets - U @ (U.T @ targets), full_matrices=False)
-    shared = Wt[distances < TOLERANCE].T
+    shared = Wt[distances < tolerance].T
     moves = (Vt.T / singular) @ (U.T @ targets @ shared) / lengths[:, None]
     return contrasts @ shared, moves
 
 
-def _others(
-    model: Model, likelihoods: Sequence[Reading], free: Sequence[Variable], point: Point
-) -> list[Variable]:
-    """Return what depends on the free coordinates other than through the products."""
-    others = [other for reading in likelihoods for other in reading.others]
-    formed = [product for reading in likelihoods for product in reading.formed]
-    graphs = model.replace_rvs_by_values([*others, *formed])
-    others, formed = graphs[: len(others)], graphs[len(others) :]
-    if formed:
-        constants = {value: value.type.make_constant(array) for value, array in point.items()}
-        fixed = clone_replace(formed, constants)
-        others = clone_replace(others, dict(zip(formed, fixed, strict=True)))
-    return [other for other in others if _values_in([other], free)]
+@dataclass(frozen=True)
+class _Coordinates:
+    """The coordinates that the factors are computed from, near where a sampler starts.
 
+    Attributes
+    ----------
+    model
+        The model.
+    values
+        The variables whose coordinates they are, as they are sampled.
+    point
+        The point that they are near, and values of other variables that the factors depend on.
+    eps
+        The precision of the numbers.
+    """
 
-def _regular_point(
-    model: Model, free: Sequence[Variable], graphs: Sequence[Variable]
-) -> Point | None:
-    """Return a point near where a sampler starts at which all factors are numbers."""
-    start = _start(model, _values_in(graphs, model.value_vars))
-    if sum(start[value].size for value in free) > MAX_COORDINATES:
+    model: Model
+    values: Sequence[Variable]
+    point: Point
+    eps: float
+
+    @classmethod
+    def of(cls, model: Model, graphs: Sequence[Variable]) -> "_Coordinates | None":
+        """Return the coordinates that graphs depend on, at a point where these are numbers."""
+        values = _values_in(graphs, model.continuous_value_vars)
+        start = _start(model, _values_in(graphs, model.value_vars))
+        if sum(start[value].size for value in values) > MAX_COORDINATES:
+            return None
+        eps = max(float(np.finfo(var.type.dtype).eps) for var in (*graphs, *values))
+        function = _compiled(list(start), graphs)
+        rng = np.random.default_rng(1)
+        for width in (0.3, 0.1, 0.03):
+            # A point without symmetries
+            point = {**start}
+            for value in values:
+                array = start[value]
+                moved = array + width * np.maximum(1, abs(array)) * rng.normal(size=array.shape)
+                point[value] = np.asarray(moved, dtype=array.dtype)
+            # What isn't positive definite may be an error
+            with suppress(ArithmeticError, AssertionError, ValueError):
+                if all(np.isfinite(x).all() and x.any() for x in function(*point.values())):
+                    return cls(model, values, point, eps)
         return None
-    function = _compiled(list(start), graphs)
-    rng = np.random.default_rng(1)
-    for width in (0.3, 0.1, 0.03):
-        point = {**start}
-        for value in free:
-            array = start[value]
-            moved = array + width * np.maximum(1, abs(array)) * rng.normal(size=array.shape)
-            point[value] = np.asarray(moved, dtype=array.dtype)
-        # A factor that isn't positive definite may be an error
-        with suppress(ArithmeticError, AssertionError, ValueError):
-            if all(np.isfinite(array).all() for array in function(*point.values())):
-                return point
-    return None
+
+    @property
+    def rvs(self) -> list[Variable]:
+        """The random variables whose coordinates they are."""
+        return [self.model.values_to_rvs[value] for value in self.values]
+
+    @property
+    def visible(self) -> float:
+        """What is larger isn't an error."""
+        return self.eps**0.2
+
+    def linearized(self, outputs: Sequence[Variable]) -> list[_Linear]:
+        """Return what the outputs are near the point."""
+        if not outputs:
+            return []
+        others = [value for value in self.model.value_vars if value not in self.point]
+        point = {**self.point, **_start(self.model, _values_in(outputs, others))}
+        function = _compiled(list(point), outputs)
+        arrays = function(*point.values())
+        combine = [self._combinations(array.shape) for array in arrays]
+
+        def entries(point: Point) -> list[Array]:
+            outputs = zip(function(*point.values()), combine, strict=True)
+            return [np.ravel(x if mix is None else x @ mix).astype(float) for x, mix in outputs]
+
+        values = entries(point)
+        jacobian = np.column_stack(
+            [
+                _derivative(lambda point: np.concatenate(entries(point)), point, *where, self.eps)
+                for where in self._each()
+            ]
+        )
+        ends = list(accumulate(value.size for value in values))[:-1]
+        return [
+            _Linear(array.shape, value, rows)
+            for array, value, rows in zip(arrays, values, np.split(jacobian, ends), strict=True)
+        ]
+
+    def _each(self) -> Iterator[tuple[Variable, tuple[int, ...]]]:
+        for value in self.values:
+            for index in np.ndindex(self.point[value].shape):
+                yield value, index
+
+    def _combinations(self, shape: tuple[int, ...]) -> Array | None:
+        """Return what takes columns of a large matrix to some random combinations of them.
+
+        They have more entries than there are coordinates, so that almost surely two matrices that
+        the coordinates lead to are equal if their combinations are.
+        """
+        n_columns = len(list(self._each())) // shape[-2] + 4 if len(shape) > 1 else 0
+        if n_columns == 0 or n_columns >= shape[-1]:
+            return None
+        return np.random.default_rng(2).normal(size=(shape[-1], n_columns))
+
+    def beside_products(self, readings: Mapping[Variable, Reading]) -> list[Variable]:
+        """Return what depends on the coordinates other than through the products.
+
+        The distributions of the variables whose coordinates they are don't count: the prior of what
+        moves says nothing about the data.
+        """
+        moved = self.rvs
+        likelihoods = [reading for root, reading in readings.items() if root not in moved]
+        others = [other for reading in likelihoods for other in reading.others]
+        formed = [product for reading in likelihoods for product in reading.formed]
+        graphs = self.model.replace_rvs_by_values([*others, *formed])
+        others, formed = graphs[: len(others)], graphs[len(others) :]
+        if formed:
+            constants = {
+                value: value.type.make_constant(array) for value, array in self.point.items()
+            }
+            fixed = clone_replace(formed, constants)
+            others = clone_replace(others, dict(zip(formed, fixed, strict=True)))
+        return [other for other in others if _values_in([other], self.values)]
+
+    def variables_that_change(self, array: _Linear, moves: Array) -> tuple[str, ...]:
+        """Return the names of the variables that change an array along some directions."""
+        names, end = [], 0
+        for rv, value in zip(self.rvs, self.values, strict=True):
+            start, end = end, end + self.point[value].size
+            change = array.jacobian[:, start:end] @ moves[start:end]
+            if np.linalg.norm(change) > self.visible * np.linalg.norm(array.value):
+                names.append(rv.name)
+        return tuple(names)
+
+
+def _derivative(
+    function: Callable[[Point], Array],
+    point: Point,
+    value: Variable,
+    index: tuple[int, ...],
+    eps: float,
+) -> Array:
+    """Return the derivative in one entry of a value, by differences of fourth order.
+
+    Fornberg, B. (1988), "Generation of finite difference formulas on arbitrarily spaced grids",
+    Mathematics of Computation 51, 699-706, table 1. The relative error is about ``eps**0.8``.
+    """
+    step = eps**0.2 * max(1.0, abs(float(point[value][index])))
+
+    def at(n_steps: int) -> Array:
+        moved = point[value].copy()
+        moved[index] += n_steps * step
+        return function({**point, value: moved})
+
+    return (8 * (at(1) - at(-1)) - (at(2) - at(-2))) / (12 * step)
 
 
 def _start(model: Model, values: Sequence[Variable]) -> dict[Variable, np.ndarray]:
+    """Return where a sampler starts."""
     expressions = make_initial_point_expression(
         free_rvs=model.free_RVs,
         rvs_to_transforms=model.rvs_to_transforms,
@@ -224,50 +318,10 @@ def _start(model: Model, values: Sequence[Variable]) -> dict[Variable, np.ndarra
     return dict(zip(values, map(np.asarray, arrays), strict=True))
 
 
-def _linearized(
-    outputs: Sequence[Variable], free: Sequence[Variable], point: Point
-) -> list[_Linear]:
-    n_coordinates = sum(point[value].size for value in free)
-    function = _compiled(list(point), outputs)
-    rng = np.random.default_rng(2)
-    arrays = function(*point.values())
-    # Random combinations of columns, with at least as many entries as there are unknowns
-    mixes = [
-        rng.normal(size=(array.shape[-1], count))
-        if array.ndim > 1 and (count := n_coordinates // array.shape[-2] + 4) < array.shape[-1]
-        else None
-        for array in arrays
-    ]
-
-    def entries(arrays: Sequence[np.ndarray]) -> list[Array]:
-        mixed = (
-            array if mix is None else array @ mix for array, mix in zip(arrays, mixes, strict=True)
-        )
-        return [np.ravel(array).astype(float) for array in mixed]
-
-    columns: list[list[Array]] = []
-    for value in free:
-        for index in np.ndindex(point[value].shape):
-            step = STEP * max(1.0, abs(point[value][index]))
-
-            def at(n_steps: int, value=value, index=index, step=step) -> list[Array]:
-                moved = point[value].copy()
-                moved[index] += n_steps * step
-                return entries(function(*{**point, value: moved}.values()))
-
-            # Abramowitz and Stegun (1964), equation 25.3.6 ...
-            columns.append(
-                [
-                    (8 * (one - minus_one) - (two - minus_two)) / (12 * step)
-                    for one, minus_one, two, minus_two in zip(
-                        at(1), at(-1), at(2), at(-2), strict=True
-                    )
-                ]
-            )
-    return [
-        _Linear(array.shape, value, np.column_stack(derivatives))
-        for array, value, *derivatives in zip(arrays, entries(arrays), *columns, strict=True)
-    ]
+def _values_in(graphs: Sequence[Variable], values: Sequence[Variable]) -> list[Variable]:
+    """Return those of the values that graphs are computed from."""
+    needed = set(ancestors(graphs))
+    return [value for value in values if value in needed]
 
 
 def _compiled(inputs: Sequence[Variable], outputs: Sequence[Variable]) -> Function:
