@@ -1,4 +1,7 @@
-"""What the rewrites did to a model, a graph or a compiled function, and what stayed dense."""
+"""What the rewrites did to a model, a graph or a compiled function, and what stayed dense.
+
+And of a model, the scales that the factors of a product share.
+"""
 
 from pymc.model import Model
 
@@ -15,6 +18,8 @@ from pymc_kron.diagnostics.scales import shared_scales
 def explain(x) -> Explanation:
     """Say which rewrites fired, which Kronecker products stayed dense, and why.
 
+    Of a model, also which factors of a product share a scale that the data don't identify,
+    ``A (x) B = cA (x) (B / c)``, and which of its distributions are factorwise as they are written.
     Nothing is compiled to machine code, and what is given isn't changed.
 
     Parameters
@@ -47,13 +52,23 @@ def explain(x) -> Explanation:
     counted once. The gradient of what was factorwise before the gradient was taken is factorwise
     too; no rewrite fires there, and what that saves isn't counted.
 
+    Factors share a scale if free variables can move along a direction that scales the factors
+    against each other, and changes nothing else that the data depend on. That is decided from
+    the Jacobian of the factors, at a point near where a sampler starts [2]_, in whatever way
+    an amplitude is written. Priors of the variables that move don't count. Amplitudes that are
+    discrete, inside of loops, or twice in one factor aren't seen.
+
     References
     ----------
     .. [1] Golub, G. H. and Van Loan, C. F. (2013). "Matrix computations", 4th edition. Johns
        Hopkins University Press.
+    .. [2] Rothenberg, T. J. (1971). "Identification in parametric models". Econometrica 39(3),
+       577-591.
 
     Examples
     --------
+    A graph:
+
     .. code-block:: python
 
         import pytensor.tensor as pt
@@ -69,6 +84,20 @@ def explain(x) -> Explanation:
         [product] = explanation.dense
         assert product.shape == (1200, 1200)
         assert product.consumers == ("Exp",)
+
+    A model with one amplitude too many:
+
+    .. code-block:: python
+
+        import numpy as np
+        import pymc as pm
+
+        with pm.Model() as model:
+            s, t = pm.HalfNormal("s"), pm.HalfNormal("t")
+            pk.KroneckerMvNormal("y", covs=[s * np.eye(3), t * np.eye(4)], observed=np.ones(12))
+
+        [shared] = pk.explain(model).shared_scales
+        assert [factor.variables for factor in shared.factors] == [("s",), ("t",)]
     """
     fired: list[Fired] = []
     dense: list[DenseProduct] = []
