@@ -25,6 +25,7 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 BUILT = ROOT / "docs" / "_build"
 PAGES = [
     ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
     *(page for page in sorted((ROOT / "docs").rglob("*.md")) if BUILT not in page.parents),
 ]
 
@@ -36,7 +37,8 @@ DOCSTRING_BLOCK = re.compile(r"^\.\. code-block:: python\n\n((?:(?: {4}.*)?\n?)*
 def test_versions_agree():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     [newest, *_] = re.findall(r"^## (.*)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
-    assert project["version"] == pymc_kron.__version__ == newest
+    [cited] = re.findall(r"^version: (.*)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)
+    assert project["version"] == pymc_kron.__version__ == newest == cited
 
 
 def test_the_reference_names_what_is_public():
