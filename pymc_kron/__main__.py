@@ -211,7 +211,7 @@ def time_gradients(anomalies: xr.DataArray) -> GradientTiming:
     )
 
 
-def _seconds(function: Callable, *args) -> float:
+def _seconds(function: Callable, *args: object) -> float:
     start = time.perf_counter()
     function(*args)
     return time.perf_counter() - start

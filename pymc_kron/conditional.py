@@ -221,7 +221,7 @@ def conditional(
         lengths = {dim: current_length(length) for dim, length in model.dim_lengths.items()}
         check_dims(dims, lengths, sizes)
 
-    def as_event(vectors):
+    def as_event(vectors: TensorVariable) -> TensorVariable:
         return vectors.reshape((*tuple(vectors.shape)[:-1], *event_of(sizes, event_ndim)))
 
     delta = raveled(value - mean_of_given, event_ndim)
@@ -312,7 +312,7 @@ class Prediction:
         return root[..., : signal.size, :], root[..., signal.size :, :]
 
 
-def _block(signal, cross, new):
+def _block(signal: TensorVariable, cross: TensorVariable, new: TensorVariable) -> TensorVariable:
     upper = pt.concatenate([signal, cross.mT], axis=-1)
     return pt.concatenate([upper, pt.concatenate([cross, new], axis=-1)], axis=-2)
 

@@ -8,19 +8,23 @@ Imported on its own, as `pymc.dims` is::
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import EllipsisType
 from typing import Any
 
 import numpy as np
 from pymc.dims.distributions.core import DimDistribution
 from pymc.dims.distributions.transforms import DimTransform
+from pymc.logprob.transforms import Transform
 from pymc.util import UNSET
 from pytensor import tensor as pt
 from pytensor.graph.basic import Constant, Variable
+from pytensor.tensor import TensorLike
 from pytensor.tensor.elemwise import DimShuffle
 from pytensor.tensor.variable import TensorVariable
 from pytensor.xtensor import as_xtensor
 from pytensor.xtensor.basic import XTensorFromTensor
 from pytensor.xtensor.type import XTensorVariable
+from xarray import DataArray
 
 from pymc_kron.distributions.arguments import check_dims, check_missing, read_list
 from pymc_kron.distributions.tensor_normal import TensorNormal
@@ -28,6 +32,8 @@ from pymc_kron.structure import current_length, evaluated
 from pymc_kron.transforms import WhitenTransform, check_latent, whiten
 
 __all__ = ["KroneckerMvNormal"]
+
+type XTensorLike = XTensorVariable | DataArray | TensorLike
 
 type Pair = tuple[str, str]
 
@@ -113,8 +119,15 @@ class KroneckerMvNormal(DimDistribution):
     """
 
     def __new__(
-        cls, name, *args, core_dims=None, dims=None, observed=None, transform=UNSET, **kwargs
-    ):
+        cls,
+        name: str,
+        *args: Any,
+        core_dims: Sequence[Pair] | None = None,
+        dims: Sequence[str | EllipsisType] | None = None,
+        observed: Any = None,
+        transform: Transform | None = UNSET,
+        **kwargs: Any,
+    ) -> XTensorVariable:
         """Create the variable in the model, in which the axes of the grid are dims."""
         if observed is not None:
             _check_observed(observed, core_dims, kwargs.get("marginalize_missing", False))
@@ -137,27 +150,27 @@ class KroneckerMvNormal(DimDistribution):
     @classmethod
     def dist(  # type: ignore[override]
         cls,
-        mu=0,
-        covs=None,
+        mu: XTensorLike = 0,
+        covs: Sequence[XTensorLike | None] | None = None,
         *,
-        chols=None,
-        taus=None,
-        evds=None,
-        sigma=None,
-        noise_covs=None,
+        chols: Sequence[XTensorLike | None] | None = None,
+        taus: Sequence[XTensorLike | None] | None = None,
+        evds: Sequence[tuple[XTensorLike, XTensorLike] | None] | None = None,
+        sigma: XTensorLike | None = None,
+        noise_covs: Sequence[XTensorLike | None] | None = None,
         lower: bool = True,
         marginalize_missing: bool = False,
         core_dims: Sequence[Pair] | None = None,
         dim_lengths: Mapping[str, Any] | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> XTensorVariable:
         pairs = _read_core_dims(core_dims)
         axes = tuple(axis for axis, _ in pairs)
 
-        def matrix(i, name, entry):
+        def matrix(i: int, name: str, entry: XTensorLike) -> _Parameter:
             return _Parameter.read(name, entry, pairs, required=pairs[i])
 
-        def decomposition(i, name, entry):
+        def decomposition(i: int, name: str, entry: Any) -> Any:
             if not isinstance(entry, list | tuple) or len(entry) != 2:
                 # For the error
                 return entry
@@ -167,7 +180,7 @@ class KroneckerMvNormal(DimDistribution):
                 _Parameter.read(f"{name}[1]", vectors, pairs, required=pairs[i]),
             )
 
-        def noise(i, name, entry):
+        def noise(i: int, name: str, entry: XTensorLike) -> _Parameter:
             return _Parameter.read(name, entry, pairs, optional=pairs[i])
 
         mean = _Parameter.read("mu", mu, pairs, optional=axes)
@@ -209,20 +222,27 @@ class DimWhitenTransform(DimTransform):
 
     name = whiten.name
 
-    def forward(self, value, *inputs):
+    def forward(self, value: XTensorVariable, *inputs: Variable) -> XTensorVariable:
         return self._mapped(WhitenTransform.forward, value, inputs)
 
-    def backward(self, value, *inputs):
+    def backward(self, value: XTensorVariable, *inputs: Variable) -> XTensorVariable:
         return self._mapped(WhitenTransform.backward, value, inputs)
 
-    def log_jac_det(self, value, *inputs):
-        grid, dims = _grid_of(*inputs, value.type.dims)
+    def log_jac_det(self, value: XTensorVariable, *inputs: Variable) -> XTensorVariable:
+        [rv] = inputs
+        grid, dims = _grid_of(rv, value.type.dims)
         transform = whiten.of(grid)
         jacobian = transform.log_jac_det(value.transpose(*dims).values, *grid.owner.inputs)
         return as_xtensor(jacobian, dims=dims[: -transform.ndim_supp])
 
-    def _mapped(self, mapping, value, inputs):
-        grid, dims = _grid_of(*inputs, value.type.dims)
+    def _mapped(
+        self,
+        mapping: Callable[..., TensorVariable],
+        value: XTensorVariable,
+        inputs: Sequence[Variable],
+    ) -> XTensorVariable:
+        [rv] = inputs
+        grid, dims = _grid_of(rv, value.type.dims)
         mapped = mapping(whiten.of(grid), value.transpose(*dims).values, *grid.owner.inputs)
         return as_xtensor(mapped, dims=dims).transpose(*value.type.dims)
 
@@ -294,7 +314,7 @@ class _Parameter:
         return pt.expand_dims(values, axis=axes) if axes else values
 
 
-def _read_core_dims(core_dims) -> list[Pair]:
+def _read_core_dims(core_dims: Any) -> list[Pair]:
     """Return the pairs of dims, after checking that they are pairs of different names."""
     example = 'core_dims=[("station", "other_station"), ("day", "other_day")]'
     if core_dims is None:
@@ -319,7 +339,7 @@ def _read_core_dims(core_dims) -> list[Pair]:
     return pairs
 
 
-def _check_observed(observed: Any, core_dims, marginalize_missing: bool) -> None:
+def _check_observed(observed: Any, core_dims: Any, marginalize_missing: bool) -> None:
     """Check which cells of observed data are missing."""
     try:
         observed = as_xtensor(observed)

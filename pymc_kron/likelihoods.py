@@ -6,6 +6,7 @@ computed from, after the rewrites of `pymc_kron.logprob`.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from pymc.backends.arviz import apply_function_over_dataset, coords_and_dims_for_inferencedata
@@ -151,7 +152,7 @@ def _likelihood_of(rv: Variable, value: Variable) -> Likelihood | None:
             if likelihood is None:
                 return None
 
-            def arrange(cells):
+            def arrange(cells: TensorVariable) -> Variable:
                 grid = likelihood.arrange(cells)
                 return as_xtensor(grid, dims=tensor_dims).transpose(*dims)
 
@@ -174,7 +175,7 @@ def compute_for_draws(
     sample_dims: Sequence[str],
     progressbar: bool,
     dims: Mapping[str, Sequence[str]] | None = None,
-    **compile_kwargs,
+    **compile_kwargs: Any,
 ) -> Dataset:
     """Compute something for each draw in the posterior group.
 

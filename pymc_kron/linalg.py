@@ -165,7 +165,14 @@ def apply_to_columns(
     return _apply(maps, in_sizes, out_sizes, x, n_columns, batch_ndim)
 
 
-def _apply(maps, in_sizes, out_sizes, x, n_columns, batch_ndim) -> TensorVariable:
+def _apply(
+    maps: Sequence[MatrixMap],
+    in_sizes: Sequence[Size],
+    out_sizes: Sequence[Size],
+    x: TensorVariable,
+    n_columns: Sequence[Size],
+    batch_ndim: int,
+) -> TensorVariable:
     core_ndim = 1 + len(n_columns)
     n_shared = max(0, x.type.ndim - core_ndim - batch_ndim)
     shared_shape = tuple(_known_or_symbolic(x, range(n_shared)))
@@ -225,7 +232,7 @@ def contract_grids(left: TensorVariable, right: TensorVariable) -> TensorVariabl
     if left.type.shape[-1] == 1:
         return left.squeeze(-1).mT @ right.squeeze(-1)
 
-    def unfolded(grid):
+    def unfolded(grid: TensorVariable) -> TensorVariable:
         rows = grid.swapaxes(-3, -2)
         *batch_shape, n, p, q = tuple(rows.shape)
         return rows.reshape((*batch_shape, n, p * q))
@@ -261,7 +268,7 @@ def kron_matmul(factors: Matrices, x: TensorVariable, *, x_ndim: int = 1) -> Ten
 def kron_of_vectors(vectors: Sequence[TensorVariable]) -> TensorVariable:
     """Kronecker product of vectors: ``(n1),...,(nd)->(n1*...*nd)``."""
 
-    def outer(a, b):
+    def outer(a: TensorVariable, b: TensorVariable) -> TensorVariable:
         entries = a[..., :, None] * b[..., None, :]
         return entries.reshape((*tuple(entries.shape)[:-2], a.shape[-1] * b.shape[-1]))
 
@@ -355,10 +362,15 @@ class FactorSLogDet(ClosedFormOp):
     equation 49) and the sign is constant.
     """
 
-    def build_inner_graph(self, a):
+    def build_inner_graph(self, a: TensorVariable) -> list[TensorVariable]:
         return Blockwise(SLogDet())(a)
 
-    def pullback(self, inputs, outputs, cotangents):
+    def pullback(
+        self,
+        inputs: Matrices,
+        outputs: Matrices,
+        cotangents: Matrices,
+    ) -> list[TensorVariable]:
         [a] = inputs
         _, logabsdet_bar = cotangents
         if isinstance(logabsdet_bar.type, DisconnectedType):

@@ -35,19 +35,19 @@ from pymc_kron.unfolded import keep_kron_unfolded
 
 
 @recorded([MvNormalRV])
-def mvnormal_of_kron_logp(fgraph, node):
+def mvnormal_of_kron_logp(fgraph: FunctionGraph, node: Apply) -> list[Variable] | None:
     """MvNormal(mu, cov=A (x) B) -> KroneckerMvNormal(mu, covs=[A, B]), likewise chol and tau"""
     return _as_kronecker_mvnormal(fgraph, node)
 
 
 @recorded([MvNormalRV])
-def mvnormal_of_kron_sum_logp(fgraph, node):
+def mvnormal_of_kron_sum_logp(fgraph: FunctionGraph, node: Apply) -> list[Variable] | None:
     """MvNormal(mu, cov=A (x) B + s I) -> the normal whose covariance is Q diag(Lambda) Q'"""
     return _as_kron_sum_mvnormal(fgraph, node)
 
 
 @recorded([MvNormalRV])
-def mvnormal_of_kron_draws(fgraph, node):
+def mvnormal_of_kron_draws(fgraph: FunctionGraph, node: Apply) -> list[Variable] | None:
     """MvNormal(mu, cov=A (x) B) -> mu + (chol(A) (x) chol(B)) z, likewise chol and tau
 
     The other methods of drawing are for semidefinite covariances, and left as they are.
@@ -58,7 +58,7 @@ def mvnormal_of_kron_draws(fgraph, node):
 
 
 @recorded([MvNormalRV])
-def mvnormal_of_kron_sum_draws(fgraph, node):
+def mvnormal_of_kron_sum_draws(fgraph: FunctionGraph, node: Apply) -> list[Variable] | None:
     """MvNormal(mu, cov=A (x) B + s I) -> mu + (Q_A (x) Q_B) (sqrt(Lambda) z)"""
     if node.op.method != "cholesky":
         return None
@@ -66,7 +66,7 @@ def mvnormal_of_kron_sum_draws(fgraph, node):
 
 
 @recorded([MatrixNormalRV])
-def matrixnormal_of_kron_draws(fgraph, node):
+def matrixnormal_of_kron_draws(fgraph: FunctionGraph, node: Apply) -> list[Variable] | None:
     """MatrixNormal(mu, rowchol=A (x) B, colchol=C (x) D) -> mu + ((A (x) B) Z) (C (x) D)'"""
     rng, size, mu, rowchol, colchol = node.inputs
     if not any(map(is_root_of_kron, (rowchol, colchol))):

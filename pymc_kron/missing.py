@@ -25,11 +25,12 @@ from dataclasses import dataclass
 import numpy as np
 from pytensor import tensor as pt
 from pytensor.graph.basic import Constant
+from pytensor.tensor import TensorLike
 from pytensor.tensor.variable import TensorVariable
 
 from pymc_kron.covariances import Covariance
 from pymc_kron.kernels import inverse_from_cholesky
-from pymc_kron.linalg import apply_to_vectors
+from pymc_kron.linalg import MatrixMap, apply_to_vectors
 from pymc_kron.roots import CholeskyRoot
 from pymc_kron.structure import current_length, evaluated
 
@@ -109,7 +110,7 @@ class Regression(ABC):
 class OfFewMissing(Regression):
     """A regression with the precision ``P_mm`` of the missing cells."""
 
-    def log_density(self, x):
+    def log_density(self, x: TensorVariable) -> tuple[TensorVariable, TensorVariable]:
         mean = self.mean(x)
         n_missing = mean.shape[-1]
         # The batch of the covariance may be larger than that of the residual
@@ -120,11 +121,11 @@ class OfFewMissing(Regression):
         logp = logp - 0.5 * root.logdet + n_missing * (0.5 * math.log(2 * math.pi))
         return logp, exists & root.exists
 
-    def mean(self, x):
+    def mean(self, x: TensorVariable) -> TensorVariable:
         slope = self.covariance.solve(self._with_missing(x, 0.0))
         return -_solve(self._root, slope[..., self.cells.missing])
 
-    def variance(self):
+    def variance(self) -> TensorVariable:
         return pt.diagonal(inverse_from_cholesky(self._root.chol), axis1=-2, axis2=-1)
 
     @property
@@ -133,14 +134,14 @@ class OfFewMissing(Regression):
             pt.linalg.cholesky(self.covariance.precision_entries(self.cells.missing))
         )
 
-    def _with_missing(self, x: TensorVariable, values) -> TensorVariable:
+    def _with_missing(self, x: TensorVariable, values: TensorLike) -> TensorVariable:
         return pt.set_subtensor(x[..., self.cells.missing], values)
 
 
 class OnFewObserved(Regression):
     """A regression with the covariance ``K_oo`` of the observed cells."""
 
-    def log_density(self, x):
+    def log_density(self, x: TensorVariable) -> tuple[TensorVariable, TensorVariable]:
         observed = x[..., self.cells.observed]
         n_observed = observed.shape[-1]
         root = self._root
@@ -148,13 +149,13 @@ class OnFewObserved(Regression):
         logp = -0.5 * (whitened**2).sum(axis=-1) - 0.5 * root.logdet
         return logp - n_observed * (0.5 * math.log(2 * math.pi)), root.exists
 
-    def mean(self, x):
+    def mean(self, x: TensorVariable) -> TensorVariable:
         weights = _solve(self._root, x[..., self.cells.observed])
         grids = pt.zeros((*tuple(weights.shape)[:-1], x.shape[-1]), dtype=weights.type.dtype)
         grids = pt.set_subtensor(grids[..., self.cells.observed], weights)
         return self.covariance.multiply(grids)[..., self.cells.missing]
 
-    def variance(self):
+    def variance(self) -> TensorVariable:
         observed, missing = self.cells.observed, self.cells.missing
         explained = self._root.whiten(self.covariance.entries(observed, missing)) ** 2
         return self.covariance.diagonal()[..., missing] - explained.sum(axis=-2)
@@ -165,7 +166,7 @@ class OnFewObserved(Regression):
         return CholeskyRoot(pt.linalg.cholesky(self.covariance.entries(observed, observed)))
 
 
-def _map(linear_map, root: CholeskyRoot, x: TensorVariable) -> TensorVariable:
+def _map(linear_map: MatrixMap, root: CholeskyRoot, x: TensorVariable) -> TensorVariable:
     """Apply a map to vectors: ``(k)->(k)``. Those that share a matrix go through it together."""
     size, batch_ndim = x.shape[-1], root.chol.type.ndim - 2
     return apply_to_vectors([linear_map], [size], [size], x, batch_ndim=batch_ndim)

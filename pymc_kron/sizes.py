@@ -6,11 +6,13 @@ don't, nothing is known.
 """
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
 from pytensor.assumptions.specify import SpecifyAssumptions
 from pytensor.graph.basic import Constant, Variable
+from pytensor.graph.op import Op
 from pytensor.scalar.basic import Cast, Mul
 from pytensor.tensor.basic import (
     Alloc,
@@ -175,7 +177,9 @@ class Sizes:
                 return self._of_core_axis(op, inputs, var, from_end)
         return _unknown(var, axis)
 
-    def _of_core_axis(self, op, inputs, var: TensorVariable, from_end: int) -> SizeProduct:
+    def _of_core_axis(
+        self, op: Op, inputs: Sequence[TensorVariable], var: TensorVariable, from_end: int
+    ) -> SizeProduct:
         """Return the size of a core dimension, which the signature of an operation names."""
         signature = getattr(op, "signature", None) or getattr(op, "gufunc_signature", None)
         if signature is not None:

@@ -53,12 +53,12 @@ class Refusal(Exception):
         self.reason = reason
         self.advice = advice
 
-    def __eq__(self, other):
+    def __eq__(self, other: object) -> bool:
         if not isinstance(other, Refusal):
             return NotImplemented
         return (self.reason, self.advice) == (other.reason, other.advice)
 
-    def __hash__(self):
+    def __hash__(self) -> int:
         return hash((self.reason, self.advice))
 
 
@@ -152,7 +152,7 @@ def _factors_of_multiple(var: TensorVariable) -> tuple[TensorVariable, ...] | No
             multiple = neg
         case (Elemwise(scalar_op=TrueDiv()), product, scalar) if is_scalar(scalar):
 
-            def multiple(factor):
+            def multiple(factor: TensorVariable) -> TensorVariable:
                 return factor / scalar
 
         case (Elemwise(scalar_op=Mul()), *inputs):
@@ -162,7 +162,7 @@ def _factors_of_multiple(var: TensorVariable) -> tuple[TensorVariable, ...] | No
                 return None
             [product] = products
 
-            def multiple(factor):
+            def multiple(factor: TensorVariable) -> TensorVariable:
                 return variadic_mul(*scalars, factor)
 
         case _:
@@ -344,7 +344,7 @@ def is_lower_triangular(fgraph: FunctionGraph, var: TensorVariable) -> bool:
     return check_assumption(fgraph, var, LOWER_TRIANGULAR)
 
 
-def current_length(length) -> int | None:
+def current_length(length: int | np.integer | Variable) -> int | None:
     """Return a length that is known or that data and coords have now."""
     if not isinstance(length, Variable):
         return int(length)

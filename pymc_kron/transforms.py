@@ -11,6 +11,7 @@ The log-density of the distribution sees by itself that its value is ``mu + R z`
 `pymc_kron.distributions.grid_rv`.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pymc.logprob.transforms import Transform
@@ -148,14 +149,16 @@ class WhitenTransform(Transform):
         covariance, _ = self._parameters(value, inputs)
         return half_logdet(covariance, raveled(value, self.ndim_supp))
 
-    def _parameters(self, value, inputs) -> tuple[Covariance, TensorVariable]:
+    def _parameters(
+        self, value: TensorVariable, inputs: Sequence[Variable]
+    ) -> tuple[Covariance, TensorVariable]:
         if self.structure is None:
             raise _unfit(value)
         _rng, _size, mu, *parts = inputs
         return covariance_of(self.structure, parts), mu
 
 
-def check_latent(observed) -> None:
+def check_latent(observed: object) -> None:
     """Check that a variable with the transform isn't observed: PyMC would transform the data."""
     if observed is not None:
         raise ValueError(
@@ -164,7 +167,7 @@ def check_latent(observed) -> None:
         )
 
 
-def _unfit(value) -> TypeError:
+def _unfit(value: object) -> TypeError:
     op = getattr(value, "owner_op", None)
     if isinstance(op, GridMvNormalRV):
         return TypeError(

@@ -4,6 +4,7 @@ The files are described in ``README.md`` beside them.
 """
 
 from importlib.resources import files
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -89,6 +90,6 @@ def load_elnino() -> xr.DataArray:
     )
 
 
-def _read_csv(name: str, **kwargs) -> pd.DataFrame:
+def _read_csv(name: str, **kwargs: Any) -> pd.DataFrame:
     with files(__name__).joinpath(name).open() as file:
         return pd.read_csv(file, **kwargs)

@@ -6,6 +6,7 @@ And of a model, the scales that the factors of a product share.
 from pymc.model import Model
 
 from pymc_kron.diagnostics.programs import (
+    Explainable,
     dense_products_in,
     distributions_of,
     fired_in,
@@ -15,7 +16,7 @@ from pymc_kron.diagnostics.report import DenseProduct, Explanation, Fired, dense
 from pymc_kron.diagnostics.scales import shared_scales
 
 
-def explain(x) -> Explanation:
+def explain(x: Explainable) -> Explanation:
     """Say which rewrites fired, which Kronecker products stayed dense, and why.
 
     Of a model, also which factors of a product share a scale that the data don't identify,
@@ -118,7 +119,7 @@ def explain(x) -> Explanation:
     )
 
 
-def assert_no_dense_kron(x) -> None:
+def assert_no_dense_kron(x: Explainable) -> None:
     """Fail if a Kronecker product stays dense, with a table of what does and why.
 
     Parameters

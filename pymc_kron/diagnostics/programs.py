@@ -16,7 +16,7 @@ from pytensor.gradient import NullTypeGradError, grad
 from pytensor.graph.basic import Apply, Constant, Variable
 from pytensor.graph.features import Feature
 from pytensor.graph.fg import FrozenFunctionGraph, FunctionGraph, Output
-from pytensor.graph.op import HasInnerGraph
+from pytensor.graph.op import HasInnerGraph, Op
 from pytensor.graph.rewriting.basic import GraphRewriter
 from pytensor.graph.rewriting.db import RewriteDatabaseQuery
 from pytensor.graph.traversal import ancestors, graph_inputs, toposort
@@ -45,6 +45,10 @@ from pymc_kron.rewriting.journal import (
     product_in,
 )
 from pymc_kron.structure import Refusal, kron_factors
+
+type Explainable = (
+    Model | Variable | Sequence[Variable] | FunctionGraph | Function | PointFunc | ValueGradFunction
+)
 
 
 @dataclass(frozen=True)
@@ -87,7 +91,7 @@ class Program:
     inside: str | None = None
 
 
-def programs_of(x) -> Iterator[Program]:
+def programs_of(x: Explainable) -> Iterator[Program]:
     """Rewrite what a user gave, on a copy."""
     match x:
         case Model():
@@ -116,7 +120,7 @@ def programs_of(x) -> Iterator[Program]:
             )
 
 
-def _describe(x) -> str:
+def _describe(x: object) -> str:
     if isinstance(x, list | tuple):
         types = sorted({type(item).__name__ for item in x})
         return f"a {type(x).__name__} of {', '.join(types) if types else 'nothing'}"
@@ -231,10 +235,18 @@ def _with_blockwise(fgraph: FunctionGraph) -> FunctionGraph:
 class _FoldedProducts(Feature):
     """Notes the Kronecker products of constants that PyTensor computes while it rewrites."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.folded: dict[Constant, Apply] = {}
 
-    def on_change_input(self, fgraph, node, i, var, new_var, reason=None):
+    def on_change_input(
+        self,
+        fgraph: FunctionGraph,
+        node: Apply,
+        i: int,
+        var: Variable,
+        new_var: Variable,
+        reason: str | None = None,
+    ) -> None:
         if (
             isinstance(new_var, Constant)
             and var.owner is not None
@@ -343,7 +355,7 @@ def _inner_program(program: Program, node: Apply) -> Program:
     return rewritten
 
 
-def _has_kron(fgraph) -> bool:
+def _has_kron(fgraph: FunctionGraph | FrozenFunctionGraph) -> bool:
     return any(
         isinstance(_core_op(node), KroneckerProduct)
         or (isinstance(node.op, HasInnerGraph) and _has_kron(node.op.fgraph))
@@ -507,7 +519,7 @@ def _is_about(product: Product | None, program: Program, kron_node: Apply) -> bo
     return product.number == current.number
 
 
-def _core_op(node: Apply):
+def _core_op(node: Apply) -> Op:
     """Return the operation itself, without what batches it and what allocates its result."""
     op = getattr(node.op, "core_op", node.op)
     if isinstance(op, FinalizedOpFromGraph) and len(op.fgraph.apply_nodes) == 1:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from types import EllipsisType
 from typing import Any
 
 import numpy as np
@@ -16,10 +17,13 @@ from pymc_kron.factors import Factor, Form
 from pymc_kron.kron_sum import KronSum, Layout
 from pymc_kron.structure import Size, current_length, is_provably_not_square
 
+type Dims = str | Sequence[str | EllipsisType | None] | None
+"""What PyMC takes for ``dims``."""
+
 FORMS: tuple[Form, ...] = ("cov", "chol", "tau", "evd")
 
 
-def read_factors(covs, chols, taus, evds, *, lower: bool) -> list[Factor]:
+def read_factors(covs: Any, chols: Any, taus: Any, evds: Any, *, lower: bool) -> list[Factor]:
     """Return the factors, after checking that what describes each of them is clear."""
     lists: dict[Form, Sequence] = {}
     for form, matrices in zip(FORMS, (covs, chols, taus, evds), strict=True):
@@ -58,7 +62,14 @@ def read_factors(covs, chols, taus, evds, *, lower: bool) -> list[Factor]:
 
 
 def read_covariance(
-    covs, chols, taus, evds, sigma: TensorLike | None, noise_covs: Any, *, lower: bool
+    covs: Any,
+    chols: Any,
+    taus: Any,
+    evds: Any,
+    sigma: TensorLike | None,
+    noise_covs: Any,
+    *,
+    lower: bool,
 ) -> Covariance:
     """Return the covariance of factors, without noise or with it."""
     factors = read_factors(covs, chols, taus, evds, lower=lower)
@@ -305,7 +316,9 @@ def check_event(
     )
 
 
-def _expected_event(name: str, sizes: Sequence[Size], event_ndim: int, *, broadcasts=False) -> str:
+def _expected_event(
+    name: str, sizes: Sequence[Size], event_ndim: int, *, broadcasts: bool = False
+) -> str:
     if event_ndim == 1:
         return (
             f"The last dimension of {name} must be {'1 or ' if broadcasts else ''}"
@@ -333,7 +346,7 @@ def check_value(
         )
 
 
-def check_shape(shape, sizes: Sequence[Size], event_ndim: int) -> None:
+def check_shape(shape: Any, sizes: Sequence[Size], event_ndim: int) -> None:
     """Check the last entries of ``shape``, which may come from observed data or dims."""
     known = [size for size in map(current_length, sizes) if size is not None]
     if not isinstance(shape, int | list | tuple) or len(known) < len(sizes):
@@ -356,7 +369,7 @@ def check_shape(shape, sizes: Sequence[Size], event_ndim: int) -> None:
     raise ValueError(f"{expected}, got {_show(lengths)}. {advice}")
 
 
-def read_observed(observed: Any, dims, event_ndim: int, *, marginalize_missing: bool) -> Any:
+def read_observed(observed: Any, dims: Dims, event_ndim: int, *, marginalize_missing: bool) -> Any:
     """Return observations, with NaN for missing cells that are to be integrated out.
 
     PyMC takes NaN in an array for parameters, and leaves it in a constant.
@@ -371,7 +384,9 @@ def read_observed(observed: Any, dims, event_ndim: int, *, marginalize_missing: 
     return pt.constant(np.ma.filled(data.astype(pytensor.config.floatX), np.nan))
 
 
-def check_missing(missing: np.ndarray, dims, event_ndim: int, *, marginalize_missing: bool) -> None:
+def check_missing(
+    missing: np.ndarray, dims: Dims, event_ndim: int, *, marginalize_missing: bool
+) -> None:
     """Check which cells of observations are missing, at least one of which is."""
     where = f"observed of shape {_show(missing.shape)}"
     if dims is not None:
@@ -391,7 +406,7 @@ def check_missing(missing: np.ndarray, dims, event_ndim: int, *, marginalize_mis
         )
 
 
-def check_dims(dims, lengths: Mapping[str, int | None], sizes: Sequence[Size | None]) -> None:
+def check_dims(dims: Dims, lengths: Mapping[str, int | None], sizes: Sequence[Size | None]) -> None:
     """Check the names of the axes of a grid against the factors.
 
     Parameters
@@ -421,7 +436,7 @@ def check_dims(dims, lengths: Mapping[str, int | None], sizes: Sequence[Size | N
             f"dims={tuple(dims)}: each axis of the grid needs a name of its own."
         )
     for i, (name, size) in enumerate(zip(names, sizes, strict=True)):
-        length = lengths.get(name)
+        length = lengths.get(name) if isinstance(name, str) else None
         if length is not None and isinstance(size, int) and length != size:
             raise ValueError(
                 f"Dim {name!r} is of length {length}, but factor {i} is {size} x {size}, got "

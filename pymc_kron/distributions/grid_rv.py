@@ -2,6 +2,8 @@
 
 import math
 from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any
 
 import pytensor
 from pymc.distributions.dist_math import check_parameters
@@ -13,10 +15,11 @@ from pymc.logprob.transform_value import TransformedValue
 from pymc.pytensorf import normalize_rng_param
 from pytensor import tensor as pt
 from pytensor.compile.mode import optdb
-from pytensor.graph.basic import equal_computations
+from pytensor.graph.basic import Apply, Variable, equal_computations
 from pytensor.graph.fg import FunctionGraph
 from pytensor.graph.replace import _vectorize_node, clone_replace
 from pytensor.graph.rewriting.basic import SequentialGraphRewriter, in2out
+from pytensor.tensor import TensorLike
 from pytensor.tensor.elemwise import DimShuffle
 from pytensor.tensor.random.utils import normalize_size_param
 from pytensor.tensor.rewriting.elemwise import local_dimshuffle_lift
@@ -26,6 +29,7 @@ from pytensor.xtensor.basic import TensorFromXTensor
 from pymc_kron.covariances import Covariance, Structure, covariance_of
 from pymc_kron.distributions.arguments import check_value, event_of
 from pymc_kron.missing import marginal_log_density
+from pymc_kron.structure import Size
 
 HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 
@@ -41,7 +45,13 @@ class GridMvNormalRV(SymbolicRandomVariable):
         Whether the log-density of a value is that of those of its cells that aren't NaN.
     """
 
-    def __init__(self, *args, structure: Structure, marginalize_missing: bool = False, **kwargs):
+    def __init__(
+        self,
+        *args: Any,
+        structure: Structure,
+        marginalize_missing: bool = False,
+        **kwargs: Any,
+    ) -> None:
         self.structure = structure
         self.marginalize_missing = marginalize_missing
         super().__init__(*args, **kwargs)
@@ -58,14 +68,14 @@ class GridMvNormalRV(SymbolicRandomVariable):
     @classmethod
     def rv_op(
         cls,
-        mu,
-        *parts,
+        mu: TensorLike,
+        *parts: TensorLike,
         structure: Structure,
         marginalize_missing: bool = False,
-        size=None,
-        rng=None,
-        dtype=None,
-    ):
+        size: Variable | Sequence[Size] | None = None,
+        rng: Variable | None = None,
+        dtype: str | None = None,
+    ) -> TensorVariable:
         mu = pt.as_tensor_variable(mu)
         parts = tuple(map(pt.as_tensor_variable, parts))
         rng = normalize_rng_param(rng)
@@ -93,7 +103,7 @@ class GridMvNormalRV(SymbolicRandomVariable):
             extended_signature=f"[rng],[size],{','.join(core_shapes)}->[rng],{core_shapes[0]}",
         )(rng, size, mu, *parts)
 
-    def rebuild_rv(self, *args, **kwargs):
+    def rebuild_rv(self, *args: Variable, **kwargs: Variable) -> TensorVariable:
         dtype = self.output_types[1].dtype
         return self.rv_op(
             *args,
@@ -111,7 +121,7 @@ class KroneckerMvNormalRV(GridMvNormalRV):
     _print_name = ("KroneckerMvNormal", "\\operatorname{KroneckerMvNormal}")
 
     @classmethod
-    def event_signature(cls, n_axes):
+    def event_signature(cls, n_axes: int) -> str:
         return "(n)"
 
 
@@ -121,12 +131,20 @@ class TensorNormalRV(GridMvNormalRV):
     _print_name = ("TensorNormal", "\\operatorname{TensorNormal}")
 
     @classmethod
-    def event_signature(cls, n_axes):
+    def event_signature(cls, n_axes: int) -> str:
         return f"({','.join(f'n{i}' for i in range(n_axes))})"
 
 
 @_logprob.register(GridMvNormalRV)
-def grid_mvnormal_logp(op, values, rng, size, mu, *parts, **kwargs):
+def grid_mvnormal_logp(
+    op: GridMvNormalRV,
+    values: Sequence[TensorVariable],
+    rng: Variable,
+    size: Variable,
+    mu: TensorVariable,
+    *parts: TensorVariable,
+    **kwargs: Any,
+) -> TensorVariable:
     [value] = values
     covariance = op.covariance(*parts)
     check_value(value, op.output_types[1].shape, covariance.sizes, op.ndim_supp)
@@ -150,12 +168,21 @@ def grid_mvnormal_logp(op, values, rng, size, mu, *parts, **kwargs):
 
 @_mean.register(GridMvNormalRV)
 @_support_point.register(GridMvNormalRV)
-def grid_mvnormal_mean(op, rv, rng, size, mu, *parts):
+def grid_mvnormal_mean(
+    op: GridMvNormalRV,
+    rv: TensorVariable,
+    rng: Variable,
+    size: Variable,
+    mu: TensorVariable,
+    *parts: TensorVariable,
+) -> TensorVariable:
     return pt.full_like(rv, mu)
 
 
 @_vectorize_node.register(GridMvNormalRV)
-def vectorize_grid_mvnormal(op, node, rng, size, *params):
+def vectorize_grid_mvnormal(
+    op: GridMvNormalRV, node: Apply, rng: Variable, size: Variable, *params: TensorVariable
+) -> Apply:
     """Put new batch dimensions of the parameters before those of the size."""
     size_ndim = node.outputs[1].type.ndim - op.ndim_supp
     n_new, aligned = 0, []

@@ -1,8 +1,10 @@
 """The multivariate normal with a Kronecker-structured covariance."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from pymc.distributions.continuous import Continuous
+from pymc.logprob.transforms import Transform
 from pymc.model.core import Model
 from pymc.util import UNSET
 from pytensor.tensor import TensorLike
@@ -10,6 +12,7 @@ from pytensor.tensor.variable import TensorVariable
 
 from pymc_kron.covariances import Covariance
 from pymc_kron.distributions.arguments import (
+    Dims,
     check_shape,
     read_covariance,
     read_mu,
@@ -170,7 +173,15 @@ class KroneckerMvNormal(Continuous):
     rv_type: type[GridMvNormalRV] = KroneckerMvNormalRV
     rv_op = KroneckerMvNormalRV.rv_op
 
-    def __new__(cls, name, *args, dims=None, observed=None, transform=UNSET, **kwargs):
+    def __new__(
+        cls,
+        name: str,
+        *args: Any,
+        dims: Dims = None,
+        observed: Any = None,
+        transform: Transform | None = UNSET,
+        **kwargs: Any,
+    ) -> TensorVariable:
         """Create the variable in the model, after checking what only the model knows of."""
         covariance = cls._covariance_of(*args, **kwargs)
         event_ndim = cls.event_ndim(len(covariance.sizes))
@@ -192,22 +203,22 @@ class KroneckerMvNormal(Continuous):
     @classmethod
     def _covariance_of(
         cls,
-        mu=0,
-        covs=None,
+        mu: Any = 0,
+        covs: Any = None,
         *,
-        chols=None,
-        taus=None,
-        evds=None,
-        sigma=None,
-        noise_covs=None,
-        lower=True,
-        **kwargs,
+        chols: Any = None,
+        taus: Any = None,
+        evds: Any = None,
+        sigma: Any = None,
+        noise_covs: Any = None,
+        lower: bool = True,
+        **kwargs: Any,
     ) -> Covariance:
         """Return the covariance, given all arguments of `dist`."""
         return read_covariance(covs, chols, taus, evds, sigma, noise_covs, lower=lower)
 
     @classmethod
-    def _check_dims(cls, dims, sizes: Sequence[Size], model: Model | None) -> None:
+    def _check_dims(cls, dims: Dims, sizes: Sequence[Size], model: Model | None) -> None:
         """Check dims that name the axes of a grid, which those of a vector don't."""
 
     @classmethod
@@ -228,7 +239,7 @@ class KroneckerMvNormal(Continuous):
         noise_covs: Sequence[TensorLike | None] | None = None,
         lower: bool = True,
         marginalize_missing: bool = False,
-        **kwargs,
+        **kwargs: Any,
     ) -> TensorVariable:
         covariance = read_covariance(covs, chols, taus, evds, sigma, noise_covs, lower=lower)
         sizes = covariance.sizes

@@ -1,11 +1,13 @@
 """The normal distribution of a grid, with the grid for its value."""
 
-from pymc.model.core import modelcontext
+from collections.abc import Sequence
 
-from pymc_kron.distributions.arguments import check_dims
+from pymc.model.core import Model, modelcontext
+
+from pymc_kron.distributions.arguments import Dims, check_dims
 from pymc_kron.distributions.grid_rv import TensorNormalRV
 from pymc_kron.distributions.kronecker_mvnormal import KroneckerMvNormal
-from pymc_kron.structure import current_length
+from pymc_kron.structure import Size, current_length
 
 
 class TensorNormal(KroneckerMvNormal):
@@ -94,6 +96,6 @@ class TensorNormal(KroneckerMvNormal):
         return n_factors
 
     @classmethod
-    def _check_dims(cls, dims, sizes, model) -> None:
+    def _check_dims(cls, dims: Dims, sizes: Sequence[Size], model: Model | None) -> None:
         lengths = modelcontext(model).dim_lengths
         check_dims(dims, {dim: current_length(length) for dim, length in lengths.items()}, sizes)
