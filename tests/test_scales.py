@@ -433,3 +433,24 @@ def test_what_is_printed():
     assert html.count("<table>") == 2
     assert "2: ?[4x4] by &lt;t&gt;" in html
     pk.assert_no_dense_kron(model)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_powers_of_amplitudes(seed):
+    """Scales with logarithms ``E v`` are shared where ``E v`` isn't zero, and its sum is."""
+    rng = np.random.default_rng(seed)
+    n_factors, n_amplitudes = rng.integers(2, 5, size=2)
+    exponents = rng.integers(-1, 2, size=(n_factors, n_amplitudes))
+    with pm.Model() as model:
+        amplitudes = pt.stack([amplitude(f"a{i}") for i in range(n_amplitudes)])
+        sizes = range(2, 2 + n_factors)
+        covs = [
+            pt.prod(amplitudes**powers) * random_spd(rng, n)
+            for n, powers in zip(sizes, exponents, strict=True)
+        ]
+        # Every other mean tells the first amplitude
+        mu = amplitudes[0] if seed % 2 else 0
+        pk.TensorNormal("y", mu=mu, covs=covs, sigma=0.1, observed=np.ones(tuple(sizes)))
+    free = exponents[:, 1:] if seed % 2 else exponents
+    expected = np.linalg.matrix_rank(free) - free.sum(axis=0).any()
+    assert sum(shared.n_unidentified for shared in shared_scales(model)) == expected

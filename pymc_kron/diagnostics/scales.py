@@ -63,35 +63,37 @@ class _Linear:
     jacobian: Array
 
 
+class Undecided(Exception):
+    """The scales of a model can't be told to be identified or not."""
+
+
 def shared_scales(model: Model) -> tuple[SharedScale, ...]:
-    """Return the factors of Kronecker products whose scales the data can't tell apart."""
+    """Return the factors of Kronecker products whose scales the data can't tell apart.
+
+    None, where nothing can be said.
+    """
     readings = read_model(model)
     owners: dict[ModelProduct, list[str]] = {}
     for root, reading in readings.items():
         for product in dict.fromkeys(reading.products):
             owners.setdefault(product, []).append(root.name)
-
     counts = [len(product.matrices) for product in owners]
     matrices = [matrix for product in owners for matrix in product.matrices]
     graphs = model.replace_rvs_by_values(matrices) if matrices else []
     is_free = iter([bool(_values_in([graph], model.continuous_value_vars)) for graph in graphs])
     if all(sum(islice(is_free, count)) < 2 for count in counts):
         return ()
-    coordinates = _Coordinates.of(model, graphs)
-    if coordinates is None:
+    try:
+        coordinates = _Coordinates.of(model, graphs)
+        factors = coordinates.linearized(graphs)
+        scales, moves = _unidentified(factors, counts, coordinates.eps)
+        if scales.size:
+            beside = coordinates.beside_products(readings)
+            _check_size(factors, counts, readings, beside)
+            others = coordinates.linearized(beside)
+            scales, moves = _unidentified(factors, counts, coordinates.eps, others)
+    except Undecided:
         return ()
-    factors = coordinates.linearized(graphs)
-    scales, moves = _unidentified(factors, counts, coordinates.eps)
-    if scales.size:
-        beside = coordinates.beside_products(readings)
-        sizes = iter([factor.shape[-1] for factor in factors])
-        n_cells = max(prod(islice(sizes, count)) for count in counts)
-        is_formed = any(reading.formed for reading in readings.values())
-        if n_cells > MAX_CELLS and is_formed and any(graph.type.ndim > 1 for graph in beside):
-            return ()
-        others = coordinates.linearized(beside)
-        scales, moves = _unidentified(factors, counts, coordinates.eps, others)
-
     found = []
     for product, count, end in zip(owners, counts, accumulate(counts), strict=True):
         changes = scales[end - count : end]
@@ -110,6 +112,20 @@ def shared_scales(model: Model) -> tuple[SharedScale, ...]:
             n_unidentified = int(np.linalg.matrix_rank(changes, tol=coordinates.visible))
             found.append(SharedScale(", ".join(owners[product]), scaled, n_unidentified))
     return tuple(found)
+
+
+def _check_size(
+    factors: Sequence[_Linear],
+    counts: Sequence[int],
+    readings: Mapping[Variable, Reading],
+    beside: Sequence[Variable],
+) -> None:
+    """Check that no dense covariance of a large grid has to be formed."""
+    sizes = iter([factor.shape[-1] for factor in factors])
+    n_cells = max(prod(islice(sizes, count)) for count in counts)
+    is_formed = any(reading.formed for reading in readings.values())
+    if n_cells > MAX_CELLS and is_formed and any(graph.type.ndim > 1 for graph in beside):
+        raise Undecided(f"the covariance of {n_cells} cells")
 
 
 def _unidentified(
@@ -177,12 +193,13 @@ class _Coordinates:
     eps: float
 
     @classmethod
-    def of(cls, model: Model, graphs: Sequence[Variable]) -> "_Coordinates | None":
+    def of(cls, model: Model, graphs: Sequence[Variable]) -> "_Coordinates":
         """Return the coordinates that graphs depend on, at a point where these are numbers."""
         values = _values_in(graphs, model.continuous_value_vars)
         start = _start(model, _values_in(graphs, model.value_vars))
-        if sum(start[value].size for value in values) > MAX_COORDINATES:
-            return None
+        n_coordinates = sum(start[value].size for value in values)
+        if n_coordinates > MAX_COORDINATES:
+            raise Undecided(f"{n_coordinates} coordinates")
         eps = max(float(np.finfo(var.type.dtype).eps) for var in (*graphs, *values))
         function = _compiled(list(start), graphs)
         rng = np.random.default_rng(1)
@@ -193,11 +210,10 @@ class _Coordinates:
                 array = start[value]
                 moved = array + width * np.maximum(1, abs(array)) * rng.normal(size=array.shape)
                 point[value] = np.asarray(moved, dtype=array.dtype)
-            # What isn't positive definite may be an error
-            with suppress(ArithmeticError, AssertionError, ValueError):
-                if all(np.isfinite(x).all() and x.any() for x in function(*point.values())):
+            with suppress(Undecided):
+                if all(x.any() for x in _numbers(function, point)):
                     return cls(model, values, point, eps)
-        return None
+        raise Undecided("factors that aren't numbers")
 
     @property
     def rvs(self) -> list[Variable]:
@@ -216,12 +232,12 @@ class _Coordinates:
         others = [value for value in self.model.value_vars if value not in self.point]
         point = {**self.point, **_start(self.model, _values_in(outputs, others))}
         function = _compiled(list(point), outputs)
-        arrays = function(*point.values())
+        arrays = _numbers(function, point)
         combine = [self._combinations(array.shape) for array in arrays]
 
         def entries(point: Point) -> list[Array]:
-            outputs = zip(function(*point.values()), combine, strict=True)
-            return [np.ravel(x if mix is None else x @ mix).astype(float) for x, mix in outputs]
+            numbers = zip(_numbers(function, point), combine, strict=True)
+            return [np.ravel(x if mix is None else x @ mix).astype(float) for x, mix in numbers]
 
         values = entries(point)
         jacobian = np.column_stack(
@@ -327,3 +343,15 @@ def _values_in(graphs: Sequence[Variable], values: Sequence[Variable]) -> list[V
 def _compiled(inputs: Sequence[Variable], outputs: Sequence[Variable]) -> Function:
     mode = Mode(linker="py", optimizer="fast_compile")
     return pytensor.function(inputs, outputs, mode=mode, on_unused_input="ignore")
+
+
+def _numbers(function: Function, point: Point) -> list[np.ndarray]:
+    """Return the outputs of a function, which all are finite."""
+    try:
+        arrays = function(*point.values())
+    except (ArithmeticError, AssertionError, ValueError) as error:
+        # A matrix that isn't positive definite, for example
+        raise Undecided("an error") from error
+    if not all(np.isfinite(array).all() for array in arrays):
+        raise Undecided("numbers that aren't finite")
+    return arrays
