@@ -152,15 +152,15 @@ class KroneckerCovariance(Covariance):
     factors: Sequence[Factor]
 
     @property
-    def structure(self):
+    def structure(self) -> Structure:
         return tuple(factor.form for factor in self.factors)
 
     @property
-    def parts(self):
+    def parts(self) -> list[TensorVariable]:
         return [part for factor in self.factors for part in factor.parts]
 
     @property
-    def core_shapes(self):
+    def core_shapes(self) -> list[str]:
         return [
             f"({','.join([f'n{i}'] * ndim)})"
             for i, factor in enumerate(self.factors)
@@ -168,49 +168,49 @@ class KroneckerCovariance(Covariance):
         ]
 
     @property
-    def sizes(self):
+    def sizes(self) -> Sequence[Size]:
         return [factor.size for factor in self.factors]
 
-    def log_density(self, delta):
+    def log_density(self, delta: TensorVariable) -> tuple[TensorVariable, TensorVariable]:
         return KroneckerLogp(forms=self.structure)(delta, *self.parts)
 
     @property
-    def logdet(self):
+    def logdet(self) -> TensorVariable:
         return sum(
             copies_of(self.sizes, i) * factor.root().logdet for i, factor in enumerate(self.factors)
         )
 
     @property
-    def exists(self):
+    def exists(self) -> TensorVariable:
         return reduce(pt.and_, [factor.root().exists for factor in self.factors])
 
-    def color(self, z):
+    def color(self, z: TensorVariable) -> TensorVariable:
         return self._apply([factor.root().color for factor in self.factors], z)
 
-    def whiten(self, x):
+    def whiten(self, x: TensorVariable) -> TensorVariable:
         return self._apply([factor.root().whiten for factor in self.factors], x)
 
-    def solve(self, x):
+    def solve(self, x: TensorVariable) -> TensorVariable:
         roots = [factor.root() for factor in self.factors]
         whitened = self._apply([root.whiten for root in roots], x)
         return self._apply([root.unwhiten for root in roots], whitened)
 
-    def multiply(self, x):
+    def multiply(self, x: TensorVariable) -> TensorVariable:
         return kron_matmul(self._covariances, x)
 
-    def diagonal(self):
+    def diagonal(self) -> TensorVariable:
         return kron_diagonal(self._covariances)
 
-    def precision_diagonal(self):
+    def precision_diagonal(self) -> TensorVariable:
         return kron_diagonal(self._precisions)
 
-    def entries(self, rows, columns):
+    def entries(self, rows: TensorVariable, columns: TensorVariable) -> TensorVariable:
         return kron_entries(self._covariances, rows, columns)
 
-    def precision_entries(self, cells):
+    def precision_entries(self, cells: TensorVariable) -> TensorVariable:
         return kron_entries(self._precisions, cells, cells)
 
-    def restricted(self, levels):
+    def restricted(self, levels: Sequence[np.ndarray | None]) -> "Covariance":
         return KroneckerCovariance(
             [
                 factor if own is None else Factor("cov", (_restricted(factor.covariance(), own),))
@@ -227,18 +227,20 @@ class KroneckerCovariance(Covariance):
         return [factor.precision() for factor in self.factors]
 
     @property
-    def signal(self):
+    def signal(self) -> Sequence[Factor]:
         return self.factors
 
-    def signal_root(self, axis):
+    def signal_root(self, axis: int) -> TensorVariable:
         factor = self.factors[axis]
         return factor.root().color(pt.eye(factor.size, dtype=factor.parts[-1].dtype))
 
     @property
-    def noise(self):
+    def noise(self) -> "KroneckerCovariance | None":
         return None
 
-    def regress(self, crosses, x):
+    def regress(
+        self, crosses: Sequence[TensorVariable | None], x: TensorVariable
+    ) -> TensorVariable:
         maps: list[MatrixMap] = []
         out_sizes = list(self.sizes)
         for i, (factor, cross) in enumerate(zip(self.factors, crosses, strict=True)):
@@ -253,7 +255,7 @@ class KroneckerCovariance(Covariance):
         batch_ndim = max(*batch_ndims, *(factor.batch_ndim for factor in self.factors), 0)
         return apply_to_vectors(maps, self.sizes, out_sizes, x, batch_ndim=batch_ndim)
 
-    def explained_variance(self, crosses):
+    def explained_variance(self, crosses: Sequence[TensorVariable | None]) -> TensorVariable:
         # C inv(S) C' = W' W with W = inv(R) C'
         return kron_of_vectors(
             [
@@ -282,15 +284,15 @@ class KronSumCovariance(Covariance):
     kron_sum: KronSum
 
     @property
-    def structure(self):
+    def structure(self) -> Structure:
         return self.kron_sum.layout
 
     @property
-    def parts(self):
+    def parts(self) -> list[TensorVariable]:
         return self.kron_sum.inputs
 
     @property
-    def core_shapes(self):
+    def core_shapes(self) -> list[str]:
         layout = self.kron_sum.layout
         matrices = [f"(n{i},n{i})" for i in range(len(self.kron_sum.signals))]
         metrics = [shape for shape, has in zip(matrices, layout.has_metric, strict=True) if has]
@@ -298,46 +300,46 @@ class KronSumCovariance(Covariance):
         return ["()" for _ in self.kron_sum.scales] + matrices + metrics + eigenvalues
 
     @property
-    def sizes(self):
+    def sizes(self) -> Sequence[Size]:
         return column_sizes(self.kron_sum.signals)
 
-    def log_density(self, delta):
+    def log_density(self, delta: TensorVariable) -> tuple[TensorVariable, TensorVariable]:
         return KronSumLogp(layout=self.structure)(*self.parts, delta)
 
     @property
-    def logdet(self):
+    def logdet(self) -> TensorVariable:
         _, logdet = KronSumSLogDet(layout=self.structure)(*self.parts)
         return logdet
 
     @property
-    def exists(self):
+    def exists(self) -> TensorVariable:
         return pt.all(pt.gt(self._basis.values, 0), axis=-1)
 
-    def color(self, z):
+    def color(self, z: TensorVariable) -> TensorVariable:
         basis = self._basis
         return kron_matmul(self.kron_sum.roots(basis), pt.sqrt(basis.values) * z)
 
-    def whiten(self, x):
+    def whiten(self, x: TensorVariable) -> TensorVariable:
         basis = self._basis
         return basis.project(x) / pt.sqrt(basis.values)
 
-    def solve(self, x):
+    def solve(self, x: TensorVariable) -> TensorVariable:
         return KronSumSolve(layout=self.structure)(*self.parts, x)
 
-    def multiply(self, x):
+    def multiply(self, x: TensorVariable) -> TensorVariable:
         return self._sum(lambda factors: kron_matmul(factors, x), core_ndim=1)
 
-    def diagonal(self):
+    def diagonal(self) -> TensorVariable:
         return self._sum(kron_diagonal, core_ndim=1)
 
-    def precision_diagonal(self):
+    def precision_diagonal(self) -> TensorVariable:
         basis = self._basis
         return kron_matmul([vectors**2 for vectors in basis.vectors], 1 / basis.values)
 
-    def entries(self, rows, columns):
+    def entries(self, rows: TensorVariable, columns: TensorVariable) -> TensorVariable:
         return self._sum(lambda factors: kron_entries(factors, rows, columns), core_ndim=2)
 
-    def precision_entries(self, cells):
+    def precision_entries(self, cells: TensorVariable) -> TensorVariable:
         n_cells = cells.shape[0]
         units = pt.zeros((n_cells, math.prod(self.sizes)), dtype=self.parts[-1].dtype)
         units = pt.set_subtensor(units[pt.arange(n_cells), cells], 1.0)
@@ -345,15 +347,14 @@ class KronSumCovariance(Covariance):
         solutions = self.solve(pt.expand_dims(units, range(1, 1 + self.kron_sum.batch_ndim)))
         return pt.moveaxis(solutions[..., cells], 0, -2)
 
-    def restricted(self, levels):
+    def restricted(self, levels: Sequence[np.ndarray | None]) -> "Covariance":
         layout = self.kron_sum.layout
         signals, metrics, eigenvalues, is_decomposed = [], [], [], []
         for axis, own in zip(self.kron_sum.axes, levels, strict=True):
-            is_whole = own is None
-            signals.append(axis.signal if is_whole else _restricted(axis.signal_matrix, own))
+            signals.append(axis.signal if own is None else _restricted(axis.signal_matrix, own))
             if axis.metric is not None:
-                metrics.append(axis.metric if is_whole else _restricted(axis.metric, own))
-            is_decomposed.append(is_whole and axis.eigenvalues is not None)
+                metrics.append(axis.metric if own is None else _restricted(axis.metric, own))
+            is_decomposed.append(own is None and axis.eigenvalues is not None)
             if is_decomposed[-1]:
                 eigenvalues.append(axis.eigenvalues)
         layout = replace(layout, is_decomposed=tuple(is_decomposed))
@@ -372,7 +373,7 @@ class KronSumCovariance(Covariance):
         return reduce(pt.add, terms)
 
     @property
-    def signal(self):
+    def signal(self) -> Sequence[Factor]:
         return [
             Factor("cov", (axis.signal,))
             if axis.eigenvalues is None
@@ -380,31 +381,35 @@ class KronSumCovariance(Covariance):
             for axis in self.kron_sum.axes
         ]
 
-    def signal_root(self, axis):
+    def signal_root(self, axis: int) -> TensorVariable:
         # S = (D P) diag(w) (D P)'; the eigenvalues of a singular factor are zeros, up to rounding
         basis = self._basis
         values = pt.maximum(basis.axes[axis].values, 0)
         return self.kron_sum.roots(basis)[axis] * pt.sqrt(values)[..., None, :]
 
     @property
-    def noise(self):
+    def noise(self) -> "KroneckerCovariance | None":
         scale = self.kron_sum.scales[1][..., None, None]
         first, *others = self.kron_sum.factors(1)
         return KroneckerCovariance(
             [Factor("cov", (metric,)) for metric in (scale * first, *others)]
         )
 
-    def regress(self, crosses, x):
+    def regress(
+        self, crosses: Sequence[TensorVariable | None], x: TensorVariable
+    ) -> TensorVariable:
         basis = self._basis
         return kron_matmul(self._projected(crosses, basis), basis.project(x) / basis.values)
 
-    def explained_variance(self, crosses):
+    def explained_variance(self, crosses: Sequence[TensorVariable | None]) -> TensorVariable:
         basis = self._basis
         return kron_matmul(
             [projected**2 for projected in self._projected(crosses, basis)], 1 / basis.values
         )
 
-    def _projected(self, crosses, basis: Basis) -> list[TensorVariable]:
+    def _projected(
+        self, crosses: Sequence[TensorVariable | None], basis: Basis
+    ) -> list[TensorVariable]:
         """Return ``C_i P_i``: ``C inv(K) C' = C P diag(1 / Lambda) (C P)'``."""
         return [
             (axis.signal_matrix if cross is None else cross) @ vectors

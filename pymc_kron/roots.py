@@ -52,15 +52,15 @@ class CholeskyRoot(Root):
     chol: TensorVariable
 
     @property
-    def whiten(self):
+    def whiten(self) -> MatrixMap:
         return TriangularSolve(self.chol)
 
     @property
-    def unwhiten(self):
+    def unwhiten(self) -> MatrixMap:
         return TriangularSolve(self.chol, transposed=True)
 
     @property
-    def color(self):
+    def color(self) -> MatrixMap:
         return self.chol.__matmul__
 
     @property
@@ -69,11 +69,11 @@ class CholeskyRoot(Root):
         return pt.abs(pt.diagonal(self.chol, axis1=-2, axis2=-1))
 
     @property
-    def logdet(self):
+    def logdet(self) -> TensorVariable:
         return 2.0 * pt.log(self.diagonal).sum(axis=-1)
 
     @property
-    def exists(self):
+    def exists(self) -> TensorVariable:
         return pt.all(self.diagonal > 0, axis=-1)
 
 
@@ -90,23 +90,23 @@ class PrecisionRoot(Root):
     chol: TensorVariable
 
     @property
-    def whiten(self):
+    def whiten(self) -> MatrixMap:
         return self.chol.mT.__matmul__
 
     @property
-    def unwhiten(self):
+    def unwhiten(self) -> MatrixMap:
         return self.chol.__matmul__
 
     @property
-    def color(self):
+    def color(self) -> MatrixMap:
         return TriangularSolve(self.chol, transposed=True)
 
     @property
-    def logdet(self):
+    def logdet(self) -> TensorVariable:
         return -CholeskyRoot(self.chol).logdet
 
     @property
-    def exists(self):
+    def exists(self) -> TensorVariable:
         return CholeskyRoot(self.chol).exists
 
 
@@ -126,27 +126,27 @@ class EigenRoot(Root):
     vectors: TensorVariable
 
     @property
-    def _scales(self):
+    def _scales(self) -> TensorVariable:
         return pt.sqrt(self.values)[..., None]
 
     @property
-    def whiten(self):
+    def whiten(self) -> MatrixMap:
         return lambda columns: (self.vectors.mT @ columns) / self._scales
 
     @property
-    def unwhiten(self):
+    def unwhiten(self) -> MatrixMap:
         return lambda columns: self.vectors @ (columns / self._scales)
 
     @property
-    def color(self):
+    def color(self) -> MatrixMap:
         return lambda columns: self.vectors @ (self._scales * columns)
 
     @property
-    def logdet(self):
+    def logdet(self) -> TensorVariable:
         return pt.log(self.values).sum(axis=-1)
 
     @property
-    def exists(self):
+    def exists(self) -> TensorVariable:
         return pt.all(self.values > 0, axis=-1)
 
 
@@ -163,15 +163,15 @@ class IdentityRoot(Root):
     identity: TensorVariable
 
     @property
-    def whiten(self):
+    def whiten(self) -> MatrixMap:
         return lambda columns: columns
 
     unwhiten = color = whiten
 
     @property
-    def logdet(self):
+    def logdet(self) -> TensorVariable:
         return pt.zeros((), dtype=self.identity.type.dtype)
 
     @property
-    def exists(self):
+    def exists(self) -> TensorVariable:
         return pt.constant(True)
