@@ -11,9 +11,12 @@ from collections.abc import Sequence
 from pytensor.compile.mode import optdb
 from pytensor.compile.rewriting import inline_ofg_node
 from pytensor.gradient import pullback
+from pytensor.graph.basic import Apply, Variable
+from pytensor.graph.fg import FunctionGraph
 from pytensor.graph.replace import _vectorize_node, vectorize_graph
 from pytensor.graph.rewriting.basic import (
     MergeOptimizer,
+    NodeRewriter,
     WalkingGraphRewriter,
     node_rewriter,
 )
@@ -24,7 +27,7 @@ from pytensor.tensor.variable import TensorVariable
 class OpaqueOp(TensorSymbolicOp):
     """An operation that a graph defines, into which no rewrite looks before specialize."""
 
-    def do_constant_folding(self, fgraph, node):
+    def do_constant_folding(self, fgraph: FunctionGraph, node: Apply) -> bool:
         """Leave it to what takes its place."""
         return False
 
@@ -49,7 +52,12 @@ class LogDensityOp(ClosedFormOp):
         """Return the same gradients in a form to be differentiated once more."""
         return self.gradients(inputs, logp_bar)
 
-    def pullback(self, inputs, outputs, cotangents):
+    def pullback(
+        self,
+        inputs: Sequence[TensorVariable],
+        outputs: Sequence[TensorVariable],
+        cotangents: Sequence[TensorVariable],
+    ) -> list[TensorVariable]:
         logp_bar, _ = cotangents
         return GradientOp(log_density=self)(*inputs, logp_bar, return_list=True)
 
@@ -64,19 +72,24 @@ class GradientOp(ClosedFormOp):
     __props__ = ("log_density",)
     log_density: LogDensityOp
 
-    def build_inner_graph(self, *inputs):
-        *inputs, logp_bar = inputs
+    def build_inner_graph(self, *inputs_and_bar: TensorVariable) -> list[TensorVariable]:
+        *inputs, logp_bar = inputs_and_bar
         gradients = self.log_density.gradients(inputs, logp_bar)
         return [
             gradient.astype(inp.type.dtype) for gradient, inp in zip(gradients, inputs, strict=True)
         ]
 
-    def pullback(self, inputs, outputs, cotangents):
-        *inputs, logp_bar = inputs
-        gradients = self.log_density.differentiable_gradients(inputs, logp_bar)
+    def pullback(
+        self,
+        inputs: Sequence[TensorVariable],
+        outputs: Sequence[TensorVariable],
+        cotangents: Sequence[TensorVariable],
+    ) -> list[TensorVariable]:
+        *own_inputs, logp_bar = inputs
+        gradients = self.log_density.differentiable_gradients(own_inputs, logp_bar)
         return pullback(
             gradients,
-            [*inputs, logp_bar],
+            [*own_inputs, logp_bar],
             cotangents,
             disconnected_inputs="ignore",
             return_disconnected="disconnected",
@@ -84,19 +97,19 @@ class GradientOp(ClosedFormOp):
 
 
 @_vectorize_node.register(OpaqueOp)
-def vectorize_opaque(op, node, *batched_inputs):
+def vectorize_opaque(op: OpaqueOp, node: Apply, *batched_inputs: Variable) -> list[Variable]:
     """Vectorize what an operation is made of."""
     replace = dict(zip(node.inputs, batched_inputs, strict=True))
     return vectorize_graph(inline_ofg_node(node), replace)
 
 
 @node_rewriter([ClosedFormOp])
-def inline_closed_form(fgraph, node):
+def inline_closed_form(fgraph: FunctionGraph, node: Apply) -> list[Variable]:
     """An operation with a gradient in closed form -> the graph that defines it"""
     return inline_ofg_node(node)
 
 
-def register_before_specialize(rewrite, *tags: str, position: float) -> None:
+def register_before_specialize(rewrite: NodeRewriter, *tags: str, position: float) -> None:
     """Register a walk over the graph between stabilize, at 1.5, and specialize, at 2."""
     walk = WalkingGraphRewriter(rewrite, "in_to_out", ignore_newtrees=False)
     optdb.register(rewrite.__name__, walk, *tags, position=position)

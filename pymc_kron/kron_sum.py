@@ -27,6 +27,7 @@ from functools import reduce
 import numpy as np
 from pytensor import tensor as pt
 from pytensor.gradient import DisconnectedType
+from pytensor.graph.basic import Apply
 from pytensor.tensor.variable import TensorVariable
 
 from pymc_kron.closed_form import ClosedFormOp, summed_to
@@ -55,7 +56,7 @@ class Layout:
     has_metric: tuple[bool, ...]
     is_decomposed: tuple[bool, ...] = ()
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not self.is_decomposed:
             object.__setattr__(self, "is_decomposed", (False,) * len(self.has_metric))
 
@@ -362,7 +363,7 @@ def as_low_rank(kron_sum: KronSum, left: TensorVariable, right: TensorVariable) 
     if n_shared <= 0:
         return LowRank(left[..., None], right[..., None])
 
-    def as_columns(vectors):
+    def as_columns(vectors: TensorVariable) -> TensorVariable:
         columns = pt.moveaxis(vectors, range(n_shared), range(-n_shared, 0))
         return columns.reshape((*tuple(columns.shape)[:-n_shared], -1))
 
@@ -373,13 +374,14 @@ class KronSumOp(ClosedFormOp):
     """An operation on a `KronSum`, whose parts are its inputs."""
 
     __props__: tuple[str, ...] = ("layout",)
+    layout: Layout
 
-    def split(self, inputs) -> tuple[KronSum, list[TensorVariable]]:
+    def split(self, inputs: Matrices) -> tuple[KronSum, Matrices]:
         """Return the sum and the inputs that don't belong to it."""
         n_parts = len(KronSum.core_ndims(self.layout))
         return KronSum.from_inputs(self.layout, inputs[:n_parts]), inputs[n_parts:]
 
-    def connection_pattern(self, node):
+    def connection_pattern(self, node: Apply) -> list[list[bool]]:
         """Return that all inputs count: the gradient in a signal that only has a size is zero."""
         return [[True] * len(node.outputs) for _ in node.inputs]
 
@@ -404,12 +406,14 @@ class DefiniteKronSumOp(KronSumOp):
 class KronSumSolve(DefiniteKronSumOp):
     """Solution of a system with a `KronSum`: ``...,(N)->(N)``, batched over the vectors."""
 
-    def build_inner_graph(self, *inputs):
+    def build_inner_graph(self, *inputs: TensorVariable) -> list[TensorVariable]:
         kron_sum, [b] = self.split(inputs)
         basis = kron_sum.basis()
         return [basis.combine(basis.project(b) / self.eigenvalues(basis))]
 
-    def pullback(self, inputs, outputs, cotangents):
+    def pullback(
+        self, inputs: Matrices, outputs: Matrices, cotangents: Matrices
+    ) -> list[TensorVariable]:
         kron_sum, [_b] = self.split(inputs)
         [x], [x_bar] = outputs, cotangents
         b_bar = self(*kron_sum.inputs, x_bar)
@@ -420,12 +424,14 @@ class KronSumSolve(DefiniteKronSumOp):
 class KronSumQuadratic(DefiniteKronSumOp):
     """Quadratic form of the inverse of a `KronSum`: ``...,(N)->()``, batched over the vectors."""
 
-    def build_inner_graph(self, *inputs):
+    def build_inner_graph(self, *inputs: TensorVariable) -> list[TensorVariable]:
         kron_sum, [b] = self.split(inputs)
         basis = kron_sum.basis()
         return [(basis.project(b) ** 2 / self.eigenvalues(basis)).sum(axis=-1)]
 
-    def pullback(self, inputs, outputs, cotangents):
+    def pullback(
+        self, inputs: Matrices, outputs: Matrices, cotangents: Matrices
+    ) -> list[TensorVariable]:
         kron_sum, [b] = self.split(inputs)
         [form_bar] = cotangents
         x = KronSumSolve(layout=self.layout, definite=self.definite)(*inputs)
@@ -437,11 +443,13 @@ class KronSumQuadratic(DefiniteKronSumOp):
 class KronSumSLogDet(KronSumOp):
     """Sign and log absolute determinant of a `KronSum`: ``...->(),()``."""
 
-    def build_inner_graph(self, *inputs):
+    def build_inner_graph(self, *inputs: TensorVariable) -> list[TensorVariable]:
         kron_sum, _ = self.split(inputs)
         return list(kron_sum.basis().slogdet())
 
-    def pullback(self, inputs, outputs, cotangents):
+    def pullback(
+        self, inputs: Matrices, outputs: Matrices, cotangents: Matrices
+    ) -> list[TensorVariable]:
         kron_sum, _ = self.split(inputs)
         _, logabsdet_bar = cotangents
         if isinstance(logabsdet_bar.type, DisconnectedType):

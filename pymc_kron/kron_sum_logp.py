@@ -37,14 +37,16 @@ class KronSumLogp(LogDensityOp, KronSumOp):
 
     __props__ = ("layout",)
 
-    def build_inner_graph(self, *inputs):
+    def build_inner_graph(self, *inputs: TensorVariable) -> list[TensorVariable]:
         kron_sum, [delta] = self.split(inputs)
         basis = kron_sum.basis()
         quadratic_form = (basis.project(delta) ** 2 / basis.values).sum(axis=-1)
         exists = pt.all(pt.gt(basis.values, 0), axis=-1)
         return [_logp(kron_sum, quadratic_form, basis.slogdet()[1]), exists]
 
-    def gradients(self, inputs, logp_bar):
+    def gradients(
+        self, inputs: Sequence[TensorVariable], logp_bar: TensorVariable
+    ) -> list[TensorVariable]:
         kron_sum, [delta] = self.split(inputs)
         basis = kron_sum.basis()
         sizes = column_sizes(basis.vectors)
@@ -97,7 +99,9 @@ class KronSumLogp(LogDensityOp, KronSumOp):
             summed_to(-basis.combine(weighted), delta),
         ]
 
-    def differentiable_gradients(self, inputs, logp_bar):
+    def differentiable_gradients(
+        self, inputs: Sequence[TensorVariable], logp_bar: TensorVariable
+    ) -> list[TensorVariable]:
         """Return the gradients of the sum of its two parts, which have closed forms as well."""
         kron_sum, _ = self.split(inputs)
         quadratic_form = KronSumQuadratic(layout=self.layout)(*inputs)

@@ -41,6 +41,7 @@ from pymc_kron.linalg import (
 )
 from pymc_kron.rewriting import bundle_rewriter
 from pymc_kron.roots import CholeskyRoot, EigenRoot, PrecisionRoot, Root
+from pymc_kron.structure import Size
 
 
 def dense_logp(delta: TensorVariable, factors: Sequence[Factor]) -> TensorVariable:
@@ -79,7 +80,9 @@ class KroneckerLogp(LogDensityOp):
     __props__ = ("forms",)
     forms: tuple[Form, ...]
 
-    def build_inner_graph(self, delta, *parts):
+    def build_inner_graph(
+        self, delta: TensorVariable, *parts: TensorVariable
+    ) -> list[TensorVariable]:
         """Return `dense_logp` after the rewrite bundle, which sees nothing else."""
         factors = factors_of(self.forms, parts)
         fgraph = FunctionGraph([delta, *parts], [dense_logp(delta, factors)], clone=False)
@@ -91,14 +94,16 @@ class KroneckerLogp(LogDensityOp):
         exists = reduce(pt.and_, [factor.root().exists for factor in factors])
         return [*fgraph.outputs, exists]
 
-    def gradients(self, inputs, logp_bar):
+    def gradients(
+        self, inputs: Sequence[TensorVariable], logp_bar: TensorVariable
+    ) -> list[TensorVariable]:
         delta, *parts = inputs
         factors = factors_of(self.forms, parts)
         sizes = [factor.size for factor in factors]
         roots = [factor.root() for factor in factors]
         batch_ndim = max(factor.batch_ndim for factor in factors)
 
-        def apply(maps, x):
+        def apply(maps: Sequence[MatrixMap], x: TensorVariable) -> TensorVariable:
             return apply_to_vectors(maps, sizes, sizes, x, batch_ndim=batch_ndim)
 
         whitened = apply([root.whiten for root in roots], delta)
@@ -186,7 +191,13 @@ class Residual:
         return self.copies[..., None, None] * matrix
 
 
-def _weights(logp_bar, whitened, sizes, axis, batch_ndim) -> TensorVariable:
+def _weights(
+    logp_bar: TensorVariable,
+    whitened: TensorVariable,
+    sizes: Sequence[Size],
+    axis: int,
+    batch_ndim: int,
+) -> TensorVariable:
     if logp_bar.type.ndim == 0:
         return logp_bar
     return grid_along(

@@ -7,7 +7,7 @@ what would be done with the matrices, one factor at a time. The graph stays the 
 record holds variables of the graph and nothing else.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from math import prod
@@ -15,7 +15,7 @@ from math import prod
 import numpy as np
 from pytensor import tensor as pt
 from pytensor.assumptions.specify import SpecifyAssumptions
-from pytensor.graph.basic import Constant
+from pytensor.graph.basic import Constant, Variable
 from pytensor.scalar.basic import Add, Cast, Mul, Neg, Second, Sub, TrueDiv
 from pytensor.tensor.basic import Alloc, AllocDiag
 from pytensor.tensor.blockwise import Blockwise
@@ -43,6 +43,7 @@ from pymc_kron.sizes import Sizes
 from pymc_kron.structure import (
     Matrices,
     Refusal,
+    Size,
     column_sizes,
     eye_sizes,
     is_scalar,
@@ -364,7 +365,9 @@ def is_unread(var: TensorVariable, sizes: Sizes) -> bool:
     return False
 
 
-def _pairwise(operation, lefts: Terms | None, rights: Terms | None) -> Terms | None:
+def _pairwise(
+    operation: Callable[[Term, Term], Term | None], lefts: Terms | None, rights: Terms | None
+) -> Terms | None:
     if lefts is None or rights is None:
         return None
     return _all_known(operation(left, right) for left in lefts for right in rights)
@@ -379,7 +382,13 @@ def _all_known(terms: Iterable[Term | None]) -> Terms | None:
     return known
 
 
-def _terms_of_entries(op: IncSubtensor, zeros, value, indices, sizes: Sizes) -> Terms | None:
+def _terms_of_entries(
+    op: IncSubtensor,
+    zeros: TensorVariable,
+    value: TensorVariable,
+    indices: Sequence[Variable],
+    sizes: Sizes,
+) -> Terms | None:
     """Return the terms of zeros with some of the entries set, the gradient of an indexing."""
     if zeros.type.ndim != 2:
         return None
@@ -483,7 +492,7 @@ def _column(value: TensorVariable, zeros: TensorVariable, axis: int) -> TensorVa
     return value[:, None]
 
 
-def _unit_vector(index, zeros: TensorVariable, axis: int) -> TensorVariable:
+def _unit_vector(index: Variable, zeros: TensorVariable, axis: int) -> TensorVariable:
     one = pt.zeros((zeros.shape[axis], 1), dtype=zeros.type.dtype)
     return one[index].set(1)
 
@@ -519,7 +528,7 @@ def _starts(slices: Iterable[slice]) -> list[int] | None:
 
 
 def _terms_of_shifted_diagonal(
-    diagonal, rows: slice, columns: slice, zeros, sizes: Sizes
+    diagonal: TensorVariable, rows: slice, columns: slice, zeros: TensorVariable, sizes: Sizes
 ) -> Terms | None:
     starts = _starts((rows, columns))
     if starts is None:
@@ -771,7 +780,13 @@ def contract(term: Term, factors: Matrices, start: int, stop: int) -> TensorVari
     return scaled(result, term, 2)
 
 
-def _contract_low_rank(left, right, before, group, after) -> TensorVariable:
+def _contract_low_rank(
+    left: TensorVariable,
+    right: TensorVariable,
+    before: Matrices,
+    group: Matrices,
+    after: Matrices,
+) -> TensorVariable:
     group_rows, group_columns = prod(row_sizes(group)), prod(column_sizes(group))
     others = [*before, *after]
     maps = [
@@ -790,7 +805,7 @@ def _contract_low_rank(left, right, before, group, after) -> TensorVariable:
     n_before, n_after = prod(row_sizes(before)), prod(row_sizes(after))
     [rank] = column_sizes([left])
 
-    def unfolded(columns, size):
+    def unfolded(columns: TensorVariable, size: Size) -> TensorVariable:
         batch = tuple(columns.shape)[:-2]
         if n_before == 1:
             return columns.reshape((*batch, size, n_after * rank))
@@ -804,7 +819,7 @@ def _contract_product(term: Product, factors: Matrices, start: int, stop: int) -
     left, diagonal, right = term.left, term.diagonal, term.right
     others = [*factors[:start], *factors[stop:]]
 
-    def other_factors(matrices):
+    def other_factors(matrices: Matrices | None) -> list[TensorVariable] | None:
         return None if matrices is None else [*matrices[:start], *matrices[stop:]]
 
     parts = _diagonals_between(other_factors(left), others, other_factors(right))
@@ -839,7 +854,14 @@ def _contract_product(term: Product, factors: Matrices, start: int, stop: int) -
     return result @ columns.mT
 
 
-def _contract_entries(rows, columns, values, before, group, after) -> TensorVariable:
+def _contract_entries(
+    rows: TensorVariable,
+    columns: TensorVariable,
+    values: TensorVariable,
+    before: Matrices,
+    group: Matrices,
+    after: Matrices,
+) -> TensorVariable:
     row_index = _unravelled(rows, (*row_sizes(before), prod(row_sizes(group)), *row_sizes(after)))
     column_index = _unravelled(
         columns, (*column_sizes(before), prod(column_sizes(group)), *column_sizes(after))
@@ -852,7 +874,7 @@ def _contract_entries(rows, columns, values, before, group, after) -> TensorVari
     return pt.zeros(shape, dtype=values.type.dtype)[i, j].inc(values)
 
 
-def _unravelled(index: TensorVariable, sizes) -> list[TensorVariable]:
+def _unravelled(index: TensorVariable, sizes: Sequence[Size]) -> list[TensorVariable]:
     indices = []
     for size in reversed(sizes):
         indices.append(index % size)

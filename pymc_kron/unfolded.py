@@ -5,8 +5,12 @@ folds constants then: ``pt.eye(N)`` and the product of two known factors become 
 entries before any rewrite of ours has seen what they are for.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 from pytensor.compile.mode import optdb
 from pytensor.graph.basic import Apply, Constant, Variable
+from pytensor.graph.fg import FunctionGraph
 from pytensor.graph.op import Op
 from pytensor.graph.rewriting.basic import node_rewriter
 from pytensor.graph.traversal import graph_inputs
@@ -21,20 +25,25 @@ class Unfolded(Op):
     __props__ = ()
     view_map = {0: [0]}  # noqa: RUF012
 
-    def make_node(self, x):
+    def make_node(self, x: Variable) -> Apply:
         return Apply(self, [x], [x.type()])
 
-    def perform(self, node, inputs, output_storage):
+    def perform(self, node: Apply, inputs: Sequence[Any], output_storage: list[list[Any]]) -> None:
         output_storage[0][0] = inputs[0]
 
-    def infer_shape(self, *args):
+    def infer_shape(self, *args: Any) -> list[tuple[Variable, ...]]:
         # Older versions of PyTensor pass the graph, before the node and the shapes
         return args[-1]
 
-    def pullback(self, inputs, outputs, cotangents):
+    def pullback(
+        self,
+        inputs: Sequence[Variable],
+        outputs: Sequence[Variable],
+        cotangents: Sequence[Variable],
+    ) -> Sequence[Variable]:
         return cotangents
 
-    def do_constant_folding(self, fgraph, node):
+    def do_constant_folding(self, fgraph: FunctionGraph, node: Apply) -> bool:
         return False
 
 
@@ -50,7 +59,7 @@ def without_unfolded(var: Variable) -> Variable:
 
 
 @node_rewriter([KroneckerProduct, blockwise_of(KroneckerProduct), Eye])
-def keep_kron_unfolded(fgraph, node):
+def keep_kron_unfolded(fgraph: FunctionGraph, node: Apply) -> list[Variable] | None:
     """kron(A, B) of constants -> kron(unfolded(A), B), and pt.eye(N) likewise"""
     first, *others = node.inputs
     if not all(isinstance(inp, Constant) for inp in graph_inputs(node.inputs)):
@@ -62,7 +71,7 @@ def keep_kron_unfolded(fgraph, node):
 
 
 @node_rewriter([Unfolded])
-def fold_again(fgraph, node):
+def fold_again(fgraph: FunctionGraph, node: Apply) -> list[Variable]:
     """unfolded(A) -> A, once the rewrites have had their chance"""
     return node.inputs
 
