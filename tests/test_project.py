@@ -20,7 +20,14 @@ DOCUMENTED = {
     "transforms.whiten": pymc_kron.transforms.whiten,
 }
 # What `explain` returns
-RESULTS = ["Explanation", "Fired", "DenseProduct"]
+RESULTS = [
+    "Explanation",
+    "Fired",
+    "DenseProduct",
+    "Distribution",
+    "SharedScale",
+    "ScaledFactor",
+]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 BUILT = ROOT / "docs" / "_build"
 PAGES = [

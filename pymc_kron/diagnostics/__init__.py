@@ -12,8 +12,32 @@ from pymc_kron.diagnostics.programs import (
     fired_in,
     programs_of,
 )
-from pymc_kron.diagnostics.report import DenseProduct, Explanation, Fired, dense_table, total
+from pymc_kron.diagnostics.report import (
+    DenseProduct,
+    Distribution,
+    Explanation,
+    Factor,
+    Fired,
+    Reason,
+    ScaledFactor,
+    SharedScale,
+    dense_table,
+    total,
+)
 from pymc_kron.diagnostics.scales import shared_scales
+
+__all__ = [
+    "DenseProduct",
+    "Distribution",
+    "Explanation",
+    "Factor",
+    "Fired",
+    "Reason",
+    "ScaledFactor",
+    "SharedScale",
+    "assert_no_dense_kron",
+    "explain",
+]
 
 
 def explain(x: Explainable) -> Explanation:
