@@ -5,14 +5,14 @@ Samplers that run on JAX ask it for the gradient. It would differentiate the eig
 """
 
 from pytensor.graph.basic import Apply
-from pytensor.graph.op import Op
 from pytensor.graph.rewriting.basic import node_rewriter
 
+from pymc_kron.backend_op import BackendOp
 from pymc_kron.closed_form import register_before_specialize
 from pymc_kron.kron_sum import KronSumOp
 
 
-class KeptForJax(Op):
+class KeptForJax(BackendOp):
     """A `KronSumOp` as an operation that is no graph, for JAX alone.
 
     Parameters
@@ -22,6 +22,7 @@ class KeptForJax(Op):
     """
 
     __props__ = ("op",)
+    conversion = "pymc_kron.jax_closed_form"
 
     def __init__(self, op: KronSumOp):
         self.op = op

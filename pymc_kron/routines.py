@@ -10,10 +10,10 @@ import numpy as np
 import scipy.linalg
 from pytensor.compile.mode import optdb
 from pytensor.graph.basic import Apply
-from pytensor.graph.op import Op
 from pytensor.graph.rewriting.basic import dfs_rewriter, node_rewriter
 from pytensor.tensor.type import matrix, tensor3, vector
 
+from pymc_kron.backend_op import BackendOp
 from pymc_kron.closed_form import register_before_specialize
 from pymc_kron.kernels import (
     BEFORE_KERNELS_ARE_INLINED,
@@ -27,7 +27,13 @@ from pymc_kron.kernels import (
 )
 
 
-class BlasGram(Op):
+class Routine(BackendOp):
+    """A routine that numba calls, and that Python has as well."""
+
+    conversion = "pymc_kron.numba_kernels"
+
+
+class BlasGram(Routine):
     """Sum of the Gram matrices of the rows, by ``syrk``: ``(p,n,q)->(n,n)``."""
 
     __props__ = ()
@@ -46,7 +52,7 @@ class BlasGram(Op):
         output_storage[0][0] = np.tensordot(grid, grid, axes=[[0, 2], [0, 2]])
 
 
-class BlasContract(Op):
+class BlasContract(Routine):
     """Sum of the products of the rows, by ``gemm``: ``(p,n,q),(p,m,q)->(n,m)``."""
 
     __props__ = ()
@@ -64,7 +70,7 @@ class BlasContract(Op):
         output_storage[0][0] = np.tensordot(*inputs, axes=[[0, 2], [0, 2]])
 
 
-class BlasMultiplyAlong(Op):
+class BlasMultiplyAlong(Routine):
     """Product with a matrix along an axis, by ``gemm``: ``(k,n),(p,n,q)->(p,k,q)``."""
 
     __props__ = ()
@@ -82,7 +88,7 @@ class BlasMultiplyAlong(Op):
         output_storage[0][0] = np.matmul(*inputs)
 
 
-class LapackFiniteEigh(Op):
+class LapackFiniteEigh(Routine):
     """Eigenvalues and eigenvectors of a symmetric matrix, by ``syevd``: ``(n,n)->(n),(n,n)``."""
 
     __props__ = ()
@@ -109,7 +115,7 @@ class LapackFiniteEigh(Op):
         output_storage[0][0], output_storage[1][0] = values, vectors
 
 
-class LapackTriangularInverse(Op):
+class LapackTriangularInverse(Routine):
     """Inverse of a lower triangular matrix, by ``trsm``: ``(n,n)->(n,n)``."""
 
     __props__ = ()
@@ -128,7 +134,7 @@ class LapackTriangularInverse(Op):
         )
 
 
-class LapackTriangularGram(Op):
+class LapackTriangularGram(Routine):
     """The product ``T' T`` of a lower triangular matrix, by ``lauum``: ``(n,n)->(n,n)``."""
 
     __props__ = ()
@@ -144,7 +150,7 @@ class LapackTriangularGram(Op):
         output_storage[0][0] = triangle.T @ triangle
 
 
-class AlongAxisOp(Op):
+class AlongAxisOp(Routine):
     """An operation with a triangular matrix along an axis: ``(n,n),(p,n,q)->(p,n,q)``.
 
     Parameters
