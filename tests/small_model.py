@@ -120,9 +120,11 @@ def assert_exact(idata):
     assert max(map(abs, scores.values())) < 4, scores
 
 
-def one_posterior():
-    """Return a stand-in for a posterior, drawn from the Gaussian with its moments."""
+def stand_in(draws):
+    """Return draws from the Gaussian with the moments of the posterior, in its place."""
     mean, cov, _ = exact_posterior()
-    draws = np.exp(np.random.default_rng(3).multivariate_normal(mean, cov, size=(2, 20)))
-    variables = {name: (("chain", "draw"), draws[..., i]) for i, name in enumerate(PARAMETERS)}
+    theta = np.random.default_rng(3).multivariate_normal(mean, cov, size=(2, draws))
+    variables = {
+        name: (("chain", "draw"), np.exp(theta[..., i])) for i, name in enumerate(PARAMETERS)
+    }
     return xr.DataTree.from_dict({"posterior": xr.Dataset(variables)})

@@ -6,44 +6,16 @@ import sys
 from pathlib import Path
 
 import arviz as az
-import pymc as pm
 import pytest
 import xarray as xr
 
+from tests.samplers import SAMPLERS, sample
 from tests.small_model import assert_exact, build, log_parameters
 
 ROOT = Path(__file__).parents[1]
 
-# The sampler, and the backend that it compiles for
-SAMPLERS = {
-    "pymc, numba": ("pymc", {"backend": "numba"}),
-    "pymc, JAX": ("pymc", {"backend": "jax"}),
-    "nutpie, numba": ("nutpie", {"backend": "numba"}),
-    "nutpie, JAX": ("nutpie", {"backend": "jax"}),
-    "nutpie, gradient by JAX": (
-        "nutpie",
-        {"backend": "jax", "compile_kwargs": {"gradient_backend": "jax"}},
-    ),
-    "numpyro": ("numpyro", {}),
-    "blackjax": ("blackjax", {}),
-}
 # Others run in test_models.py
 BY_DEFAULT = [("TensorNormal", "nutpie, JAX"), ("TensorNormal", "blackjax")]
-
-
-def sample(kind, sampler):
-    nuts_sampler, options = SAMPLERS[sampler]
-    with build(kind):
-        return pm.sample(
-            1000,
-            tune=500,
-            chains=2,
-            cores=1,
-            nuts_sampler=nuts_sampler,
-            random_seed=1,
-            progressbar=False,
-            **options,
-        )
 
 
 def assert_converged(idata):
@@ -64,7 +36,7 @@ def assert_converged(idata):
     ],
 )
 def test_posterior(kind, sampler):
-    idata = sample(kind, sampler)
+    idata = sample(build(kind), sampler)
     assert_converged(idata)
     assert_exact(idata)
 
