@@ -11,8 +11,9 @@ SAMPLERS = {
         "nutpie",
         {"backend": "jax", "compile_kwargs": {"gradient_backend": "jax"}},
     ),
-    "numpyro": ("numpyro", {}),
-    "blackjax": ("blackjax", {}),
+    # In parallel, their chains need as many devices; JAX has one, if it ran before PyMC asked for more
+    "numpyro": ("numpyro", {"nuts": {"chain_method": "vectorized"}}),
+    "blackjax": ("blackjax", {"nuts": {"chain_method": "vectorized"}}),
 }
 
 

@@ -23,8 +23,6 @@ def assert_converged(idata):
     assert idata["sample_stats"]["diverging"].sum() < 10
 
 
-# JAX has one device here, and NumPyro says that two chains take turns
-@pytest.mark.filterwarnings("ignore:There are not enough devices to run parallel chains")
 @pytest.mark.parametrize(
     ("kind", "sampler"),
     [
