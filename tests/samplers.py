@@ -11,7 +11,7 @@ SAMPLERS = {
         "nutpie",
         {"backend": "jax", "compile_kwargs": {"gradient_backend": "jax"}},
     ),
-    # In parallel, their chains need as many devices; JAX has one, if it ran before PyMC asked for more
+    # In parallel, chains need a device each; JAX has one, if it ran before PyMC asked for more
     "numpyro": ("numpyro", {"nuts": {"chain_method": "vectorized"}}),
     "blackjax": ("blackjax", {"nuts": {"chain_method": "vectorized"}}),
 }
