@@ -1,8 +1,7 @@
-"""Samplers compared: ``python -m tests.benchmarks.samplers [MODEL ...]`` prints a table of each.
+"""Samplers compared: ``python -m tests.benchmarks.samplers`` prints a table for each model.
 
-Each run has a process of its own, without caches on disk. Seconds are those of the processor, in
-all threads, which other programs on the machine change little. Compiling and tuning take what a
-run of one draw takes; drawing, what a run of many takes more.
+Each run has a process of its own, which compiles without caches on disk, tunes and draws. Seconds
+are those of the processor, in all threads: other programs on the machine change these little.
 """
 
 import json
@@ -14,7 +13,6 @@ import warnings
 from pathlib import Path
 
 import arviz as az
-import numpy as np
 
 from tests import small_model
 from tests.benchmarks import missing
@@ -22,12 +20,7 @@ from tests.benchmarks.non_centred import extreme
 from tests.samplers import SAMPLERS, sample
 
 ROOT = Path(__file__).parents[2]
-FLAGS = "numba__cache=False"
-DRAWS = 1000
-
-
-def small():
-    return small_model.build()
+COLUMNS = ["sampler", "s in all", "least ESS", "ESS/s", "gradients", "divergences"]
 
 
 def middle():
@@ -35,77 +28,54 @@ def middle():
     return missing.model("smooth", y, marginalize_missing=False)
 
 
-MODELS = {"small": small, "middle": middle}
+MODELS = {"small": small_model.build, "middle": middle}
 
 
-def measure(name, sampler, draws):
+def measure(name, sampler):
     """Return what a run takes and gives."""
     model = MODELS[name]()
     start = time.process_time()
-    idata = sample(model, sampler, draws=draws)
+    idata = sample(model, sampler)
     seconds = time.process_time() - start
-    posterior = idata["posterior"].to_dataset()
-    parameters = posterior[[rv.name for rv in model.free_RVs]]
+    parameters = idata["posterior"].to_dataset()[[rv.name for rv in model.free_RVs]]
     return {
         "seconds": seconds,
-        "ess": extreme(az.ess(parameters), min) if draws > 1 else None,
-        "gradients": int(np.sum(idata["sample_stats"]["n_steps"])),
+        "ess": extreme(az.ess(parameters), min),
+        "gradients": int(idata["sample_stats"]["n_steps"].sum()),
         "divergences": int(idata["sample_stats"]["diverging"].sum()),
     }
 
 
-def run(name, sampler, draws):
-    """Measure in a process of its own."""
-    flags = ",".join(filter(None, [os.environ.get("PYTENSOR_FLAGS"), FLAGS]))
-    environment = os.environ | {"PYTENSOR_FLAGS": flags, "OPENBLAS_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.benchmarks.samplers"]
-    output = subprocess.run(
-        [*command, "--one", name, sampler, str(draws)],
-        check=True,
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.PIPE,
-    ).stdout
-    return json.loads(output.splitlines()[-1])
-
-
 def row(name, sampler):
-    start, whole = (run(name, sampler, draws) for draws in (1, DRAWS))
-    drawing = whole["seconds"] - start["seconds"]
+    """Measure in a process of its own."""
+    flags = ",".join(filter(None, [os.environ.get("PYTENSOR_FLAGS"), "numba__cache=False"]))
+    environment = os.environ | {"PYTENSOR_FLAGS": flags, "OPENBLAS_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "tests.benchmarks.samplers", name, sampler]
+    output = subprocess.run(
+        command, check=True, cwd=ROOT, env=environment, stdout=subprocess.PIPE
+    ).stdout
+    run = json.loads(output.splitlines()[-1])
     cells = [
         sampler,
-        f"{start['seconds']:.0f}",
-        f"{drawing:.1f}",
-        f"{whole['ess']:,.0f}",
-        f"{whole['ess'] / drawing:,.0f}",
-        f"{1e6 * drawing / whole['gradients']:,.0f}",
-        str(whole["divergences"]),
+        f"{run['seconds']:.0f}",
+        f"{run['ess']:,.0f}",
+        f"{run['ess'] / run['seconds']:.0f}",
+        f"{run['gradients']:,}",
+        f"{run['divergences']}",
     ]
     return f"| {' | '.join(cells)} |"
 
 
-COLUMNS = [
-    "sampler",
-    "compiling and tuning, s",
-    "drawing, s",
-    "ESS",
-    "ESS/s",
-    "a gradient, us",
-    "divergences",
-]
-
-
-def main(names):
-    for name in names or MODELS:
+def main():
+    for name in MODELS:
         print(f"\n{name}\n\n| {' | '.join(COLUMNS)} |\n|{' --- |' * len(COLUMNS)}", flush=True)
         for sampler in SAMPLERS:
             print(row(name, sampler), flush=True)
 
 
 if __name__ == "__main__":
-    match sys.argv[1:]:
-        case ["--one", name, sampler, draws]:
-            warnings.simplefilter("ignore")
-            print(json.dumps(measure(name, sampler, int(draws))))
-        case names:
-            main(names)
+    if len(sys.argv) == 1:
+        main()
+    else:
+        warnings.simplefilter("ignore")
+        print(json.dumps(measure(*sys.argv[1:])))
