@@ -18,8 +18,8 @@ def main():
     _, start_method, mode, output = sys.argv
     with build():
         idata = pm.sample(
-            300,
-            tune=300,
+            200,
+            tune=200,
             chains=2,
             cores=2,
             mp_ctx=start_method,

@@ -14,8 +14,8 @@ from tests.small_model import assert_exact, build, log_parameters
 
 ROOT = Path(__file__).parents[1]
 
-# Others run in test_models.py
-BY_DEFAULT = [("TensorNormal", "nutpie, JAX"), ("TensorNormal", "blackjax")]
+# Others run in test_models.py, on a model without noise
+BY_DEFAULT = [("TensorNormal", "blackjax")]
 
 
 def assert_converged(idata):
