@@ -17,7 +17,7 @@ class BackendOp(Op):
 
     conversion: str
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple:
         properties = {name: getattr(self, name) for name in self.__props__}
         return _unpickle, (type(self), properties)
 
