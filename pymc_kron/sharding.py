@@ -89,7 +89,7 @@ def sharded_logp(
         If the model has no grid, if the size of one isn't known, or if the number of devices
         doesn't divide the first dimension of the largest.
     NotImplementedError
-        If the model has missing cells.
+        If the model has missing cells, or a batch of factors.
 
     References
     ----------
@@ -176,6 +176,12 @@ def _shape_of_largest_grid(model: Model) -> tuple[int, ...]:
                 )
             case GridMvNormalRV():
                 _rng, size, _mu, *parts = node.inputs
+                _, *core_ndims = node.op.ndims_params
+                if any(part.type.ndim > n for part, n in zip(parts, core_ndims, strict=True)):
+                    raise NotImplementedError(
+                        "Factors or noise in a batch, one for each of several grids, can't be "
+                        "split over devices. Make each grid a variable of its own."
+                    )
                 batch_ndim = node.outputs[1].type.ndim - node.op.ndim_supp
                 sizes = node.op.covariance(*parts).sizes
                 shapes.append([*(size[i] for i in range(batch_ndim)), *sizes])

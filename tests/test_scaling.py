@@ -21,8 +21,8 @@ def test_chains_and_grids_on_two_processes():
     distributed = pytest.importorskip("distributed")
     recipe = page("recipe")
     # Compiles in a second, and samples slowly
-    quick = {"draws": 20, "tune": 20, "nuts_sampler": "pymc", "compile_kwargs": {"mode": "FAST_COMPILE"}}
-    quick["compute_convergence_checks"] = False
+    quick = {"draws": 20, "tune": 20, "nuts_sampler": "pymc", "compute_convergence_checks": False}
+    quick["compile_kwargs"] = {"mode": "FAST_COMPILE"}
     grids = np.random.default_rng(1).normal(size=(2, 3, 4))
     with (
         distributed.LocalCluster(

@@ -76,12 +76,6 @@ def replicates():
     pk.KroneckerMvNormal("y", pm.Normal("mu", shape=(2, 1)), factors(), observed=y)
 
 
-def batches():
-    first, *others = factors()
-    covs = [np.ones((2, 1, 1)) * first, *others]
-    pk.KroneckerMvNormal("y", pm.Normal("mu"), covs, observed=np.stack([Y.ravel(), -Y.ravel()]))
-
-
 def plain_code():
     covs = factors()
     cov = pt.linalg.kron(covs[0], pt.linalg.kron(covs[1], covs[2])) + 0.3 * pt.eye(N)
@@ -106,7 +100,6 @@ CASES = [
             eigenvectors,
             latent,
             replicates,
-            batches,
             plain_code,
             another_grid,
         ]
@@ -181,8 +174,9 @@ def test_jax_alone_gathers_the_grid():
     function = get_jaxified_graph(inputs=[*model.value_vars, y], outputs=logp)
     mesh = jax.make_mesh((2,), ("cells",), axis_types=(jax.sharding.AxisType.Auto,))
     split = jax.device_put(Y, NamedSharding(mesh, PartitionSpec("cells")))
-    gradient = jax.jit(jax.grad(lambda point, y: function(*point.values(), y)[0]))
-    program = gradient.lower(point_of(model), split).compile()
+    gradient = jax.jit(jax.grad(lambda point, y: function(*point, y)[0]))
+    point = point_of(model)
+    program = gradient.lower([point[value.name] for value in model.value_vars], split).compile()
     assert "all-gather" in program.as_text()
     assert largest_array(program) >= N
 
@@ -203,6 +197,11 @@ def test_models_that_cannot_be_split():
         imputed = grid(holes)
     with pytest.raises(NotImplementedError, match="missing cells"):
         sharded_logp(imputed)
+    with pm.Model() as batch:
+        K = np.stack([np.eye(4), 2 * np.eye(4)])
+        pk.TensorNormal("y", 0, [K, np.eye(3)], observed=np.ones((2, 4, 3)))
+    with pytest.raises(NotImplementedError, match="in a batch"):
+        sharded_logp(batch)
     with pm.Model() as no_grid:
         pm.Normal("x")
     with pytest.raises(ValueError, match="must have a variable with a Kronecker"):
