@@ -1,10 +1,12 @@
 """Log-density and gradient on JAX, on whatever device it finds: ``python -m ... DTYPE OUTPUT``.
 
-The gradient is JAX's own, of the program that PyMC gives to samplers that run on JAX.
+The gradient is JAX's own, of the program that PyMC gives to samplers that run on JAX. On a CPU, JAX
+has one core, and the time is that of the processor, which others that use the machine don't change.
 """
 
 import math
 import sys
+import time
 from functools import partial
 from pathlib import Path
 
@@ -44,7 +46,8 @@ def error(actual, expected):
 
 def measure_grid(sizes, work, dtype):
     covs, sigma, mu, x = measure.arguments(work, sizes)
-    expected, *gradients = measure.prepare_limit(work, covs, sigma, mu, x)()
+    limit = measure.prepare_limit(work, covs, sigma, mu, x)
+    expected, *gradients = limit()
     arrays = [*covs, *([] if sigma is None else [sigma]), mu, x]
     arrays = [jax.device_put(array.astype(dtype)) for array in arrays]
 
@@ -67,20 +70,26 @@ def measure_grid(sizes, work, dtype):
         "errors": [error(value, expected), max(map(error, actual, gradients))],
         "bytes": held,
         "seconds": measure.medians(
-            {name: partial(call, program) for name, program in programs.items()}
+            {
+                "limit": limit,
+                **{name: partial(call, program) for name, program in programs.items()},
+            },
+            fewest=3,
+            clock=time.process_time if on_cpu() else time.perf_counter,
         ),
     }
 
 
-def device_name():
-    [device, *_] = jax.devices()
-    return measure.processor() if device.platform == "cpu" else device.device_kind
+def on_cpu():
+    return jax.default_backend() == "cpu"
 
 
 if __name__ == "__main__":
     _, dtype, output = sys.argv
+    measure.use_one_core()
     pytensor.config.floatX = dtype
     jax.config.update("jax_enable_x64", dtype == "float64")
     results = [measure_grid(sizes, work, dtype) for work in WORKS for sizes in GRIDS]
-    results = {"device": device_name(), "grids": results}
+    device = f"one core of {measure.processor()}" if on_cpu() else jax.devices()[0].device_kind
+    results = {"device": device, "grids": results}
     measure.save(Path(output), results, ["pymc", "pytensor", "jax"])

@@ -294,12 +294,14 @@ def on_jax_table(parts):
     rows = []
     for cells in zip(*(runs[dtype]["grids"] for dtype in DTYPES), strict=True):
         N = math.prod(cells[0]["sizes"])
-        times = [f"{t * 1e3:,.4g}" for cell in cells for t in cell["seconds"].values()]
+        limit, *times = cells[0]["seconds"].values()
+        times = [limit, *times, *list(cells[1]["seconds"].values())[1:]]
+        times = [f"{seconds * 1e3:,.3g}" for seconds in times]
         gibibytes = [f"{cell['bytes'] / 2**30:.2g}" for cell in cells]
         errors = [f"{error:.0e}" for error in cells[1]["errors"]]
         noise = "noise" if cells[0]["work"].startswith("noisy") else ""
         rows.append([grid(cells[0]["sizes"]), f"{N:,}", noise, *times, *gibibytes, *errors])
-    header = ["grid", "N", ""]
+    header = ["grid", "N", "", "limit, ms"]
     header += [f"{work}, {dtype}, ms" for dtype in DTYPES for work in ("logp", "and gradient")]
     header += [f"GiB, {dtype}" for dtype in DTYPES]
     header += ["error of logp, float32", "of the gradient"]
