@@ -33,19 +33,21 @@ from pytensor import tensor as pt
 from pytensor.compile.mode import get_mode
 from pytensor.compile.sharedvalue import SharedVariable
 from pytensor.gradient import grad
-from pytensor.graph.basic import Constant
+from pytensor.graph.basic import Apply, Constant
 from pytensor.graph.fg import FunctionGraph
 from pytensor.graph.replace import clone_replace
 from pytensor.graph.traversal import graph_inputs
 from pytensor.link.jax.dispatch import jax_funcify
 from pytensor.tensor.type import TensorType
+from pytensor.tensor.variable import TensorVariable
 
 from pymc_kron.distributions.grid_rv import GridMvNormalRV
 from pymc_kron.jax_closed_form import jax_function
 from pymc_kron.kernels import Kernel
 from pymc_kron.structure import Size, current_length
 
-type Logp = Callable[[Mapping[str, Any], Sequence[jax.Array]], jax.Array]
+type Point = Mapping[str, Any]
+type Logp = Callable[[Point, Sequence[jax.Array]], jax.Array]
 
 CELLS = "cells"
 
@@ -131,7 +133,7 @@ def sharded_logp(
         )
     whole, split = (NamedSharding(mesh, spec) for spec in (PartitionSpec(), PartitionSpec(CELLS)))
 
-    def has_cells(array) -> bool:
+    def has_cells(array: np.ndarray) -> bool:
         """Whether there is a value for each cell, or several of them."""
         dims = np.shape(array)
         return math.prod(shape) in np.cumprod(dims, dtype=int) and dims[0] % mesh.size == 0
@@ -146,14 +148,16 @@ def sharded_logp(
     function = jax_funcify(fgraph, mesh=mesh)
     names = [value.name for value in model.value_vars]
 
-    def logp_and_gradient(point, data):
+    def logp_and_gradient(
+        point: Point, data: Sequence[jax.Array]
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
         value, *gradient = function(*(point[name] for name in names), *data)
         return value, dict(zip(names, gradient, strict=True))
 
-    def logp_alone(point, data):
+    def logp_alone(point: Point, data: Sequence[jax.Array]) -> jax.Array:
         return logp_and_gradient(point, data)[0]
 
-    def pull_back(gradient, logp_bar):
+    def pull_back(gradient: dict, logp_bar: jax.Array) -> tuple[dict, None]:
         return jax.tree.map(lambda partial_: logp_bar * partial_, gradient), None
 
     point_shardings = {
@@ -195,7 +199,9 @@ def _shape_of_largest_grid(model: Model) -> tuple[int, ...]:
     return max(known, key=math.prod)
 
 
-def _with_data_as_inputs(logp, has_cells):
+def _with_data_as_inputs(
+    logp: TensorVariable, has_cells: Callable[[np.ndarray], bool]
+) -> tuple[TensorVariable, dict[TensorVariable, np.ndarray]]:
     """Return a graph with inputs for the data that are split, and the arrays that these are.
 
     All other data become constants.
@@ -216,23 +222,22 @@ def _with_data_as_inputs(logp, has_cells):
 
 
 @jax_funcify.register(Kernel)
-def jax_funcify_kernel(op, node, *, mesh, **kwargs):
+def jax_funcify_kernel(op: Kernel, node: Apply, *, mesh: Mesh, **kwargs: Any) -> Callable[..., Any]:
     """Return a function that works on the part of the grid that each device holds."""
 
-    def on_a_part(*arrays):
+    def on_a_part(*arrays: jax.Array) -> Any:
         inputs = [pt.tensor(dtype=str(array.dtype), shape=array.shape) for array in arrays]
         results = jax_function(inputs, op(*inputs, return_list=True))(*arrays)
         return results if len(results) > 1 else results[0]
 
-    def along_other_axis(*arrays):
+    def along_other_axis(*arrays: jax.Array) -> jax.Array:
         return _summed(on_a_part(*arrays))
 
-    def along_split_axis(*arrays):
-        q = arrays[-1].shape[2]
-        arrays = [_with_whole_axis(array, mesh.size) for array in arrays]
-        return _with_split_axis(_summed(on_a_part(*arrays)), q)
+    def along_split_axis(*arrays: jax.Array) -> jax.Array:
+        whole = [_with_whole_axis(array, mesh.size) for array in arrays]
+        return _with_split_axis(_summed(on_a_part(*whole)), q=arrays[-1].shape[2])
 
-    def on_all_parts(*arrays):
+    def on_all_parts(*arrays: jax.Array) -> Any:
         p, n, _ = arrays[-1].shape
         if (n if p == 1 else p) % mesh.size:
             # Another grid, which isn't split
@@ -251,12 +256,12 @@ def jax_funcify_kernel(op, node, *, mesh, **kwargs):
     return on_all_parts if has_grid else on_a_part
 
 
-def _summed(result):
+def _summed(result: jax.Array) -> jax.Array:
     """Sum over the devices what is a sum over the cells."""
     return lax.psum(result, CELLS) if result.ndim == 2 else result
 
 
-def _with_whole_axis(array, n_devices):
+def _with_whole_axis(array: jax.Array, n_devices: int) -> jax.Array:
     """Exchange parts, so that q is split in place of n: ``(1,n/k,q)->(1,n,q/k)``."""
     if array.ndim != 3:
         return array
@@ -265,7 +270,7 @@ def _with_whole_axis(array, n_devices):
     return lax.all_to_all(array, CELLS, split_axis=2, concat_axis=1, tiled=True)
 
 
-def _with_split_axis(array, q):
+def _with_split_axis(array: jax.Array, q: int) -> jax.Array:
     """Exchange parts back, ``(1,n,q/k)->(1,n/k,q)``."""
     if array.ndim != 3:
         return array
