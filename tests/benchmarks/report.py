@@ -296,7 +296,7 @@ def on_jax_table(parts):
         N = math.prod(cells[0]["sizes"])
         limit, *times = cells[0]["seconds"].values()
         times = [limit, *times, *list(cells[1]["seconds"].values())[1:]]
-        times = [f"{seconds * 1e3:,.3g}" for seconds in times]
+        times = [f"{1e3 * t:,.0f}" if t > 0.1 else f"{1e3 * t:.3g}" for t in times]
         gibibytes = [f"{cell['bytes'] / 2**30:.2g}" for cell in cells]
         errors = [f"{error:.0e}" for error in cells[1]["errors"]]
         noise = "noise" if cells[0]["work"].startswith("noisy") else ""
