@@ -22,7 +22,7 @@ def jax_funcify_kept(op, node, **kwargs):
     @jax.custom_vjp
     def apply(*inputs):
         stand_ins = [inp.type() for inp in node.inputs]
-        results = _jax_function(
+        results = jax_function(
             stand_ins, op.op.fgraph.bind(dict(zip(op.op.fgraph.inputs, stand_ins, strict=True)))
         )(*inputs)
         return results if len(results) > 1 else results[0]
@@ -52,14 +52,15 @@ def _pullback(op, node):
         gradient.astype(inp.type.dtype)
         for inp, gradient in zip(inputs, op.pullback(inputs, outputs, cotangents), strict=True)
     ]
-    return _jax_function([*inputs, *filter(_is_differentiable, cotangents)], gradients)
+    return jax_function([*inputs, *filter(_is_differentiable, cotangents)], gradients)
 
 
 def _is_differentiable(var):
     return getattr(var.type, "dtype", "").startswith("float")
 
 
-def _jax_function(inputs, outputs):
+def jax_function(inputs, outputs):
+    """Return a graph as a function for JAX, after PyTensor's rewrites."""
     fgraph = FunctionGraph(inputs, outputs, clone=True)
     get_mode("JAX").optimizer.rewrite(fgraph)
     return jax_funcify(fgraph)

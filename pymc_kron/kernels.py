@@ -38,7 +38,7 @@ class Gram(Kernel):
 
     def pullback(self, inputs, outputs, cotangents):
         [grid], [gram_bar] = inputs, cotangents
-        return [map_axis((gram_bar + gram_bar.mT).__matmul__, grid)]
+        return [MultiplyAlong()(gram_bar + gram_bar.mT, grid)]
 
 
 class InverseFromCholesky(Kernel):
@@ -77,7 +77,7 @@ class SolveAlong(Kernel):
         [chol, _], [x], [x_bar] = inputs, outputs, cotangents
         b_bar = type(self)(transposed=not self.transposed)(chol, x_bar)
         left, right = (x, b_bar) if self.transposed else (b_bar, x)
-        return [-pt.tril(contract_grids(left, right)), b_bar]
+        return [-pt.tril(Contract()(left, right)), b_bar]
 
 
 def _solve_lower(chol: TensorVariable, columns: TensorVariable) -> TensorVariable:
@@ -98,10 +98,7 @@ class Contract(Kernel):
 
     def pullback(self, inputs, outputs, cotangents):
         [left, right], [product_bar] = inputs, cotangents
-        return [
-            map_axis(product_bar.__matmul__, right),
-            map_axis(product_bar.mT.__matmul__, left),
-        ]
+        return [MultiplyAlong()(product_bar, right), MultiplyAlong()(product_bar.mT, left)]
 
 
 class MultiplyAlong(Kernel):
@@ -114,7 +111,7 @@ class MultiplyAlong(Kernel):
 
     def pullback(self, inputs, outputs, cotangents):
         [matrix, grid], [product_bar] = inputs, cotangents
-        return [contract_grids(product_bar, grid), type(self)()(matrix.mT, product_bar)]
+        return [Contract()(product_bar, grid), type(self)()(matrix.mT, product_bar)]
 
 
 def eigh_of_finite(

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pytensor import tensor as pt
 from pytensor.tensor.variable import TensorVariable
 
-from pymc_kron.kernels import TriangularSolve
+from pymc_kron.kernels import Multiply, TriangularSolve
 from pymc_kron.linalg import MatrixMap
 
 
@@ -61,7 +61,7 @@ class CholeskyRoot(Root):
 
     @property
     def color(self) -> MatrixMap:
-        return self.chol.__matmul__
+        return Multiply(self.chol)
 
     @property
     def diagonal(self) -> TensorVariable:
@@ -91,11 +91,11 @@ class PrecisionRoot(Root):
 
     @property
     def whiten(self) -> MatrixMap:
-        return self.chol.mT.__matmul__
+        return Multiply(self.chol.mT)
 
     @property
     def unwhiten(self) -> MatrixMap:
-        return self.chol.__matmul__
+        return Multiply(self.chol)
 
     @property
     def color(self) -> MatrixMap:
@@ -127,19 +127,19 @@ class EigenRoot(Root):
 
     @property
     def _scales(self) -> TensorVariable:
-        return pt.sqrt(self.values)[..., None]
+        return pt.sqrt(self.values)[..., None, :]
 
     @property
     def whiten(self) -> MatrixMap:
-        return lambda columns: (self.vectors.mT @ columns) / self._scales
+        return Multiply((self.vectors / self._scales).mT)
 
     @property
     def unwhiten(self) -> MatrixMap:
-        return lambda columns: self.vectors @ (columns / self._scales)
+        return Multiply(self.vectors / self._scales)
 
     @property
     def color(self) -> MatrixMap:
-        return lambda columns: self.vectors @ (self._scales * columns)
+        return Multiply(self.vectors * self._scales)
 
     @property
     def logdet(self) -> TensorVariable:

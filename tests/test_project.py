@@ -11,6 +11,7 @@ import pytest
 
 import pymc_kron
 import pymc_kron.dims
+import pymc_kron.sharding
 
 ROOT = Path(__file__).parent.parent
 PUBLIC = {name: getattr(pymc_kron, name) for name in pymc_kron.__all__}
@@ -18,6 +19,7 @@ DOCUMENTED = {
     **PUBLIC,
     "dims.KroneckerMvNormal": pymc_kron.dims.KroneckerMvNormal,
     "transforms.whiten": pymc_kron.transforms.whiten,
+    "sharding.sharded_logp": pymc_kron.sharding.sharded_logp,
 }
 # What `explain` returns
 RESULTS = [

@@ -34,9 +34,10 @@ PARTS = {
         for work, names in COLD.items()
         for name in names
     },
-    **{part: (part,) for part in ("draws", "latent", "memory", "solve")},
+    **{part: (part,) for part in ("draws", "latent", "memory", "solve", "devices")},
     **{f"missing/{name}": ("missing", name) for name in report.WITH_HOLES},
     **{f"non_centred/{name}": ("non_centred", name) for name in report.LATENT},
+    **{f"on_jax/{dtype}": ("on_jax", dtype) for dtype in report.DTYPES},
     **{f"{peer}/{work}": (f"peers.{peer}", work) for peer in peers.PEERS for work in WORKS},
 }
 

@@ -117,7 +117,11 @@ def check_close(actual, expected):
             raise ArithmeticError(f"off by {error:.0e}")
 
 
-def medians(calls: Mapping[str, Call], fewest: int = FEWEST) -> dict[str, float]:
+def medians(
+    calls: Mapping[str, Call],
+    fewest: int = FEWEST,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, float]:
     """Return the median seconds of each call, called in turns."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for call in calls.values():
@@ -127,9 +131,9 @@ def medians(calls: Mapping[str, Call], fewest: int = FEWEST) -> dict[str, float]
         if turn >= fewest and time.perf_counter() - start > SECONDS:
             break
         for name, call in calls.items():
-            begin = time.perf_counter()
+            begin = clock()
             call()
-            times[name].append(time.perf_counter() - begin)
+            times[name].append(clock() - begin)
     return {name: float(np.median(values)) for name, values in times.items()}
 
 

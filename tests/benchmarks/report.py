@@ -25,6 +25,7 @@ WITH_HOLES = {
     "rough": "exponential in time, no noise",
 }
 LATENT = {"bernoulli": "Bernoulli", "poisson": "Poisson", "counts": "Poisson"}
+DTYPES = ["float64", "float32"]
 MEDIANS = ("ess", "gradients")
 GRADIENTS = [work for work in WORKS.values() if work.with_gradient]
 
@@ -49,6 +50,8 @@ def write(results: Path, docs: Path):
         "missing": missing_table(parts),
         "non-centred": non_centred_table(parts),
         "latent": latent_table(parts),
+        "on-jax": on_jax_table(parts),
+        "devices": devices_table(parts),
     }
     page = docs / "benchmarks.md"
     text = page.read_text()
@@ -282,6 +285,40 @@ def latent_table(parts):
         f"{name}, ms" for name in ("`KroneckerMvNormal`", "`pm.gp.LatentKron`", "`pm.gp.HSGP`")
     ]
     return table(["cells", *names, "basis functions"], rows)
+
+
+def on_jax_table(parts):
+    runs = {dtype: parts[f"on_jax/{dtype}"] for dtype in DTYPES if f"on_jax/{dtype}" in parts}
+    if list(runs) != DTYPES:
+        return ""
+    rows = []
+    for cells in zip(*(runs[dtype]["grids"] for dtype in DTYPES), strict=True):
+        N = math.prod(cells[0]["sizes"])
+        limit, *times = cells[0]["seconds"].values()
+        times = [limit, *times, *list(cells[1]["seconds"].values())[1:]]
+        times = [f"{1e3 * t:,.0f}" if t > 0.1 else f"{1e3 * t:.3g}" for t in times]
+        gibibytes = [f"{cell['bytes'] / 2**30:.2g}" for cell in cells]
+        errors = [f"{error:.0e}" for error in cells[1]["errors"]]
+        noise = "noise" if cells[0]["work"].startswith("noisy") else ""
+        rows.append([grid(cells[0]["sizes"]), f"{N:,}", noise, *times, *gibibytes, *errors])
+    header = ["grid", "N", "", "limit, ms"]
+    header += [f"{work}, {dtype}, ms" for dtype in DTYPES for work in ("logp", "and gradient")]
+    header += [f"GiB, {dtype}" for dtype in DTYPES]
+    header += ["error of logp, float32", "of the gradient"]
+    devices = " and ".join(dict.fromkeys(run["device"] for run in runs.values()))
+    return f"On {devices}.\n\n{table(header, rows)}"
+
+
+def devices_table(parts):
+    rows = []
+    for cell in parts.get("devices", []):
+        N = math.prod(cell["sizes"])
+        part = 8 * N / cell["devices"]
+        noise = "noise" if cell["noisy"] else ""
+        held = cell["bytes"]
+        rows.append([f"{N:,}", noise, cell["devices"], f"{held / 2**20:.0f}", f"{held / part:.1f}"])
+    header = ["N", "", "devices", "MiB a device", "arrays of N / devices doubles"]
+    return table(header, rows)
 
 
 def plot(ratios, path):
