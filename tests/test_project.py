@@ -68,6 +68,7 @@ def test_public_docstrings_have_examples_that_run(name):
 
 # PyMC's MatrixNormal
 @pytest.mark.filterwarnings("ignore:pytensor.tensor.linalg.trace is deprecated")
+@pytest.mark.documentation
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_pages_have_code_that_runs_and_links_that_lead_somewhere(page):
     text = page.read_text()
@@ -78,6 +79,7 @@ def test_pages_have_code_that_runs_and_links_that_lead_somewhere(page):
         assert target.startswith("https://") or (page.parent / target).exists(), target
 
 
+@pytest.mark.documentation
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda notebook: notebook.stem)
 def test_notebooks_run(notebook, monkeypatch):
     monkeypatch.setenv("MPLBACKEND", "agg")
