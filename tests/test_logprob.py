@@ -93,7 +93,10 @@ def logp_and_gradient(model):
     return function(model.initial_point())
 
 
-@pytest.mark.parametrize("observed", [Y, None], ids=["likelihood", "prior"])
+@pytest.mark.parametrize(
+    "observed",
+    [pytest.param(Y, id="likelihood"), pytest.param(None, id="prior", marks=pytest.mark.nightly)],
+)
 @pytest.mark.parametrize("name", WRITTEN)
 def test_logp_and_gradient_of_an_unchanged_model(name, observed):
     logp, gradient = logp_and_gradient(written_model(name, observed))

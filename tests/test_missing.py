@@ -323,7 +323,10 @@ def test_no_array_has_the_square_of_the_number_of_cells(noise):
         assert largest <= 9 * 13**2 < (9 * 13) ** 2
 
 
-@pytest.mark.parametrize(("mode", "noise"), [("NUMBA", "sigma"), ("JAX", "sigma"), ("JAX", "none")])
+@pytest.mark.parametrize(
+    ("mode", "noise"),
+    [pytest.param("NUMBA", "sigma", marks=pytest.mark.nightly), ("JAX", "sigma"), ("JAX", "none")],
+)
 def test_backends(mode, noise):
     missing = PATTERNS["single cells"]
     model = marginal_model(noise, missing)

@@ -82,8 +82,8 @@ def assert_posteriors_agree(idata, reference):
 @pytest.mark.parametrize(
     ("kind", "nuts_sampler"),
     [
-        ("KroneckerMvNormal", "pymc"),
-        ("KroneckerMvNormal", "nutpie"),
+        pytest.param("KroneckerMvNormal", "pymc", marks=pytest.mark.nightly),
+        pytest.param("KroneckerMvNormal", "nutpie", marks=pytest.mark.nightly),
         ("KroneckerMvNormal", "numpyro"),
         ("MvNormal of kron", "nutpie"),
     ],

@@ -42,7 +42,7 @@ def test_posterior(kind, sampler):
 @pytest.mark.parametrize(
     ("start_method", "mode"),
     [
-        ("fork", "PY"),
+        pytest.param("fork", "PY", marks=pytest.mark.nightly),
         pytest.param("spawn", "PY", marks=pytest.mark.nightly),
         pytest.param("forkserver", "PY", marks=pytest.mark.nightly),
         pytest.param("fork", "NUMBA", marks=pytest.mark.nightly),

@@ -300,7 +300,7 @@ def test_gradient(which):
     assert_gradient_after_rewrites(cost, factors, arrays)
 
 
-@pytest.mark.parametrize("mode", ["NUMBA", "JAX"])
+@pytest.mark.parametrize("mode", [pytest.param("NUMBA", marks=pytest.mark.nightly), "JAX"])
 def test_backends(mode):
     rng = np.random.default_rng(1)
     arrays = [random_symmetric(rng, n) for n in (3, 4)]

@@ -439,7 +439,7 @@ def gradient_functions(build, variables, x, when):
     return outputs, compile_py(wrt, outputs), compile_py(wrt, expected, mode=WITHOUT_KRON)
 
 
-@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("when", ["before", pytest.param("after", marks=pytest.mark.nightly)])
 @pytest.mark.parametrize(
     "name",
     [
