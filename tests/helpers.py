@@ -1,6 +1,10 @@
 """Cases, dense references and graph checks that the tests share."""
 
+import os
+import subprocess
+import sys
 from functools import reduce
+from pathlib import Path
 
 import numpy as np
 import pymc as pm
@@ -136,6 +140,20 @@ def largest_jax_size(function, *arguments):
                 yield from sizes(inner)
 
     return max(sizes(jax.make_jaxpr(function)(*arguments).jaxpr))
+
+
+def run_python(*arguments, **environment):
+    """Run a program in a process of its own, in which warnings are errors as in the tests."""
+    warnings = ["-W", "error", "-W", "ignore:PyTensor could not link to a BLAS installation"]
+    finished = subprocess.run(
+        [sys.executable, *warnings, *arguments],
+        cwd=Path(__file__).parents[1],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert finished.returncode == 0, finished.stderr[-5000:]
 
 
 def compile_py(inputs, outputs, mode=PY):

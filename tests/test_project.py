@@ -2,11 +2,8 @@
 
 import inspect
 import json
-import os
 import re
 import runpy
-import subprocess
-import sys
 import tomllib
 from pathlib import Path
 
@@ -15,6 +12,7 @@ import pytest
 import pymc_kron
 import pymc_kron.dims
 import pymc_kron.sharding
+from tests.helpers import run_python
 
 ROOT = Path(__file__).parent.parent
 PUBLIC = {name: getattr(pymc_kron, name) for name in pymc_kron.__all__}
@@ -87,16 +85,8 @@ def test_pages_have_code_that_runs_and_links_that_lead_somewhere(page):
 def test_notebooks_run(notebook):
     cells = json.loads(notebook.read_text())["cells"]
     script = "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "code")
-    # In a process of its own, where nothing else has started threads before chains fork
-    warnings = ["-W", "error", "-W", "ignore:PyTensor could not link to a BLAS installation"]
-    process = subprocess.run(
-        [sys.executable, *warnings, "-c", script],
-        env={**os.environ, "MPLBACKEND": "agg"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert process.returncode == 0, process.stderr[-5000:]
+    # Where nothing else has started threads before chains fork
+    run_python("-c", script, MPLBACKEND="agg")
 
 
 def test_the_picture_of_the_first_page_shows_predictions_that_hold(monkeypatch):

@@ -106,7 +106,7 @@ def inner_product_of_kron_decomposition(fgraph, node):
     The gradient in a scale, through the same decompositions, taken at ``t = 1``.
     """
     [summed] = node.inputs
-    if node.out.type.ndim:
+    if node.out.type.ndim or summed.type.ndim != 2:
         return None
     entries, scales = split_scalars(summed)
     match entries.owner_op_and_inputs:
@@ -123,8 +123,6 @@ def _along_product(
     fgraph: FunctionGraph, K: TensorVariable, G: TensorVariable
 ) -> TensorVariable | None:
     """Return the inner product of a Kronecker product and a gradient in a multiple of it."""
-    if K.type.ndim != 2:
-        return None
     _, scales_of_K = split_scalars(K)
     for multiple in _multiples(fgraph, K):
         factors = kron_factors(multiple)

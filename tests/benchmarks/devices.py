@@ -31,14 +31,11 @@ def measure_devices(model, work, n_devices):
     point = model.initial_point()
     program = jax.jit(jax.value_and_grad(logp)).lower(point, data).compile()
     jax.block_until_ready(program(point, data))
-    memory = program.memory_analysis()
     return {
         "noisy": work.noisy,
         "sizes": SIZES,
         "devices": n_devices,
-        "bytes": memory.argument_size_in_bytes
-        + memory.output_size_in_bytes
-        + memory.temp_size_in_bytes,
+        "bytes": measure.bytes_held(program),
     }
 
 

@@ -137,6 +137,13 @@ def medians(
     return {name: float(np.median(values)) for name, values in times.items()}
 
 
+def bytes_held(program: Any) -> int:
+    """Return the memory that a device holds for a program compiled by JAX, as it plans it."""
+    memory = program.memory_analysis()
+    sizes = memory.argument_size_in_bytes, memory.output_size_in_bytes, memory.temp_size_in_bytes
+    return sum(sizes)
+
+
 def use_one_core():
     """Keep the process on one core: some libraries have no other way to use one thread."""
     if hasattr(os, "sched_setaffinity"):

@@ -62,13 +62,11 @@ def measure_grid(sizes, work, dtype):
         return jax.block_until_ready(program(*arrays))
 
     value, actual = call(programs[str(work)])
-    memory = programs[str(work)].memory_analysis()
-    held = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
     return {
         "sizes": sizes,
         "work": work.slug,
         "errors": [error(value, expected), max(map(error, actual, gradients))],
-        "bytes": held,
+        "bytes": measure.bytes_held(programs[str(work)]),
         "seconds": measure.medians(
             {
                 "limit": limit,
