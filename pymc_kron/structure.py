@@ -238,7 +238,7 @@ def eye_sizes(var: TensorVariable) -> tuple[Variable, Variable] | None:
 
 def is_identity(var: TensorVariable) -> bool:
     """Whether a matrix is known to be an identity matrix, by how it is made or as a constant."""
-    core = without_assumptions(var)
+    core, _ = strip_transposes(without_assumptions(var))
     sizes = eye_sizes(core)
     if sizes is not None:
         rows, columns = map(without_unfolded, sizes)

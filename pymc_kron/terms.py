@@ -185,7 +185,9 @@ def _terms_of_core(var: TensorVariable, sizes: Sizes) -> Terms | None:
         case (IncSubtensor() as op, zeros, value, *indices) if _is_zero(zeros):
             return _terms_of_entries(op, zeros, value, indices, sizes)
         case (DimShuffle(new_order=(*batch, 0, 1)), moved) if batch == [*range(2, var.type.ndim)]:
-            return _terms_of_batched_diagonal(moved, sizes)
+            terms = _terms_of_batched_diagonal(moved, sizes)
+            kept = [axis - 2 for axis in batch]
+            return _terms_of_rearranged_batch(terms, moved.type.ndim - 2, kept)
         case (
             AdvancedIncSubtensor(idx_list=(int(), int()), set_instead_of_inc=False),
             zeros,
@@ -204,6 +206,14 @@ def _terms_of_core(var: TensorVariable, sizes: Sizes) -> Terms | None:
             order,
         ) if _is_zero(zeros) and zeros.type.ndim == 2 and order.type.dtype != "bool":
             return _terms_of_reordered(terms_of(columns, sizes), zeros, order)
+        case (
+            AdvancedIncSubtensor(idx_list=(int(),), set_instead_of_inc=False),
+            zeros,
+            rows,
+            order,
+        ) if _is_zero(zeros) and zeros.type.ndim == 2 and order.type.dtype != "bool":
+            reordered = _terms_of_reordered(terms_of(rows.mT, sizes), zeros.mT, order)
+            return reordered and tuple(map(transposed_term, reordered))
         case (DimShuffle(new_order=(*order, int(i), int(j))), batch) if [i, j] == [
             batch.type.ndim - 2,
             batch.type.ndim - 1,
@@ -218,10 +228,12 @@ def _terms_of_core(var: TensorVariable, sizes: Sizes) -> Terms | None:
 
 def _terms_of_constant(var: Constant) -> Terms | None:
     """Return a square diagonal matrix as a term, if the constant is one."""
-    if var.type.ndim != 2 or var.data.shape[0] != var.data.shape[1]:
+    *batch, rows, columns = var.data.shape
+    if prod(batch) != 1 or rows != columns:
         return None
-    diagonal = var.data.diagonal()
-    if np.count_nonzero(var.data) > np.count_nonzero(diagonal):
+    matrix = var.data.reshape((rows, columns))
+    diagonal = matrix.diagonal()
+    if np.count_nonzero(matrix) > np.count_nonzero(diagonal):
         return None
     return (Product(diagonal=pt.constant(diagonal)),)
 
@@ -450,12 +462,20 @@ def _terms_of_rearranged_batch(
         ]
         return kept.dimshuffle(*moved, *range(kept.type.ndim - core_ndim, kept.type.ndim))
 
+    def rearranged_factors(factors: Matrices | None) -> Matrices | None:
+        return factors and tuple(rearranged(factor, 2) for factor in factors)
+
     matrices: Terms = ()
     for term in terms or ():
+        scales = tuple(rearranged(scale, 0) for scale in term.scales)
         match term:
-            case LowRank(left=left, right=right, weights=None):
-                scales = tuple(rearranged(scale, 0) for scale in term.scales)
-                matrices += (LowRank(rearranged(left, 2), rearranged(right, 2), scales=scales),)
+            case LowRank(left=left, right=right, weights=weights):
+                left, right = rearranged(left, 2), rearranged(right, 2)
+                matrices += (LowRank(left, right, rearranged_factors(weights), scales),)
+            case Product(left=left, diagonal=diagonal, right=right):
+                diagonal = None if diagonal is None else rearranged(diagonal, 1)
+                left, right = rearranged_factors(left), rearranged_factors(right)
+                matrices += (Product(left, diagonal, right, scales),)
             case _:
                 return None
     return None if terms is None else matrices
@@ -500,6 +520,8 @@ def _unit_vector(index: Variable, zeros: TensorVariable, axis: int) -> TensorVar
 def _terms_of_batched_diagonal(var: TensorVariable, sizes: Sizes) -> Terms | None:
     """Return the terms of a gradient in diagonals, with the batch axes behind the others."""
     match var.owner_op_and_inputs:
+        case (AllocDiag(offset=0, axis1=0, axis2=1), diagonal):
+            return (Product(diagonal=diagonal),)
         case (IncSubtensor() as op, zeros, value, *indices) if _is_zero(zeros):
             match value.owner_op_and_inputs, indices_from_subtensor(indices, op.idx_list):
                 case (

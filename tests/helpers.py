@@ -21,7 +21,7 @@ from pytensor.tensor.linalg.products import KroneckerProduct
 # Registers the rewrites
 import pymc_kron  # noqa: F401
 
-PY = Mode(linker="py", optimizer="fast_run")
+PY = Mode(linker="py", optimizer="fast_run").excluding("fusion", "inplace")
 WITHOUT_KRON = PY.excluding("kron")
 
 # Products of float64 arrays that both sides round in a different order

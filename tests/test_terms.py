@@ -43,6 +43,7 @@ VARIABLES = [A, B, C, D, P, Q, M, W, U, V, u, v, c]
 VALUES = {var: RNG.normal(size=var.type.shape) for var in VARIABLES}
 K, H = pt.linalg.kron(A, B), pt.linalg.kron(C, D)
 EYE = pt.eye(N)
+ORDER = np.random.default_rng(4).permutation(N)
 
 
 def evaluate(*outputs):
@@ -133,6 +134,13 @@ READABLE = {
     "difference raveled and back": (-K.ravel() / c - H.ravel()).reshape((N, N)),
     "sum raveled and back": (c * K.ravel() + H.ravel()).reshape((N, N)),
     "specified": pt.specify_shape(K + H, (N, N)),
+    "constant identity, with an axis": (pt.constant(np.eye(N)[None]) + K).squeeze(0),
+    "pullback of diagonals of a batch of one": pt.grad(
+        (pt.diagonal(M[None], axis1=1, axis2=2) * u).sum(), M
+    ),
+    "a sum in a batch of one": ((K + H + pt.diag(u))[None] * c).squeeze(0),
+    "pullback of rows in an order": pt.grad((M[ORDER] @ U * V).sum(), M),
+    "pullback of columns in an order": pt.grad((M[:, ORDER] @ U * V).sum(), M),
 }
 
 

@@ -6,8 +6,9 @@ At a variable that stands for the gradient in an output, and before PyTensor's f
 from collections.abc import Iterator, Sequence
 
 from pytensor.graph.basic import Constant, Variable
-from pytensor.scalar.basic import Add
-from pytensor.tensor.elemwise import Elemwise
+from pytensor.scalar.basic import Add, Mul, Neg, TrueDiv
+from pytensor.tensor.elemwise import DimShuffle, Elemwise
+from pytensor.tensor.shape import SpecifyShape
 from pytensor.tensor.variable import TensorVariable
 
 from pymc_kron.structure import Matrices
@@ -16,21 +17,42 @@ from pymc_kron.structure import Matrices
 def summands(
     var: TensorVariable, others: Matrices = ()
 ) -> Iterator[tuple[TensorVariable, Matrices]]:
-    """Yield a sum and each of its summands, with all others of them."""
+    """Yield a sum and each of its summands, with all others of them.
+
+    A sum may be negated, multiplied or divided by the same for all summands, and have axes added or
+    dropped.
+    """
     yield var, others
     match var.owner_op_and_inputs:
         case (Elemwise(scalar_op=Add()), *parts):
             for i, part in enumerate(parts):
                 yield from summands(part, (*others, *parts[:i], *parts[i + 1 :]))
+        case (
+            Elemwise(scalar_op=Mul() | TrueDiv() | Neg()) | DimShuffle() | SpecifyShape() as op,
+            *inputs,
+        ):
+            is_multiple = isinstance(getattr(op, "scalar_op", None), Mul)
+            for i, inner in enumerate(inputs if is_multiple else inputs[:1]):
+
+                def linear(part: TensorVariable, i: int = i) -> TensorVariable:
+                    return op.make_node(*inputs[:i], part, *inputs[i + 1 :]).out
+
+                for part, rest in summands(inner):
+                    if part is not inner:
+                        yield linear(part), (*others, *map(linear, rest))
 
 
 def matched(
     pattern: Variable, var: Variable, stand_ins: Sequence[Variable]
 ) -> list[Variable] | None:
-    """Return what has to be put in for some variables to turn a graph into another one."""
+    """Return what has to be put in for some variables to turn a graph into another one.
+
+    Where a shape is checked, by the gradient of a variable of known shape, is of no matter.
+    """
     found: dict[Variable, Variable] = {}
 
     def matches(pattern: Variable, var: Variable) -> bool:
+        pattern, var = _unchecked(pattern), _unchecked(var)
         if pattern is var:
             return True
         if pattern in found:
@@ -54,3 +76,7 @@ def matched(
     if not matches(pattern, var) or any(stand_in not in found for stand_in in stand_ins):
         return None
     return [found[stand_in] for stand_in in stand_ins]
+
+
+def _unchecked(var: Variable) -> Variable:
+    return var.owner.inputs[0] if isinstance(var.owner_op, SpecifyShape) else var

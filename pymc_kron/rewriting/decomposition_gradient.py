@@ -9,7 +9,7 @@ stands for ``C``, and what it writes is compared with the graph at hand.
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import product
+from itertools import chain, product
 
 from pytensor import tensor as pt
 from pytensor.assumptions.specify import assume
@@ -27,6 +27,8 @@ from pytensor.tensor.linalg.decomposition.cholesky import Cholesky
 from pytensor.tensor.linalg.decomposition.eigen import Eigh, Eigvalsh
 from pytensor.tensor.linalg.decomposition.lu import LU
 from pytensor.tensor.linalg.decomposition.qr import QR
+from pytensor.tensor.linalg.decomposition.svd import SVD
+from pytensor.tensor.linalg.products import Expm
 from pytensor.tensor.math import Sum, variadic_mul
 from pytensor.tensor.type import TensorType
 from pytensor.tensor.variable import TensorVariable
@@ -36,9 +38,11 @@ from pymc_kron.rewriting.as_written import matched, summands
 from pymc_kron.rewriting.bundle import as_replacement, as_written_rewrites_db, register_kron
 from pymc_kron.rewriting.decomposition import cholesky_of_kron
 from pymc_kron.rewriting.eigen import eigh_of_kron, eigvalsh_of_kron
+from pymc_kron.rewriting.exponential import expm_of_kron_sum
 from pymc_kron.rewriting.gradient import is_kron_pullback
 from pymc_kron.rewriting.lu import lu_of_kron
 from pymc_kron.rewriting.qr import qr_of_kron
+from pymc_kron.rewriting.svd import svd_of_kron
 from pymc_kron.structure import (
     Matrices,
     is_positive_definite,
@@ -53,8 +57,10 @@ FACTORWISE = {
     Cholesky: cholesky_of_kron,
     Eigh: eigh_of_kron,
     Eigvalsh: eigvalsh_of_kron,
+    Expm: expm_of_kron_sum,
     LU: lu_of_kron,
     QR: qr_of_kron,
+    SVD: svd_of_kron,
 }
 # What is promised of Q, say, doesn't say which Q it is: value and gradient take the same one
 register = partial(
@@ -68,12 +74,12 @@ register = partial(
 def pullback_of_kron_decomposition(fgraph, node):
     """pullback through kron and then chol at C -> pullback through chol(A) (x) chol(B) at C
 
-    Also through ``eigvalsh``, ``eigh``, ``lu`` and ``qr``.
+    Also through ``eigvalsh``, ``eigh``, ``lu``, ``qr``, ``svd``, and ``expm`` of a Kronecker sum.
     """
     if not is_kron_pullback(node.op):
         return None
     *factors, K, G = node.inputs
-    for user in _decompositions(fgraph, K):
+    for user in chain(_decompositions(fgraph, K), _exponentials(fgraph, K)):
         for part, others in summands(G):
             cotangents = _cotangents(user, K, part)
             if cotangents is None:
@@ -86,6 +92,8 @@ def pullback_of_kron_decomposition(fgraph, node):
             gradients = _factorwise_gradients(
                 fgraph, user, {K: copy}, list(stand_ins.values()), cotangents
             )
+            if gradients is None:
+                continue
             originals = {
                 stand_in: _broadcast_over_batch(factors[i], node.outputs[i], K)
                 for i, stand_in in stand_ins.items()
@@ -112,8 +120,12 @@ def inner_product_of_kron_decomposition(fgraph, node):
     match entries.owner_op_and_inputs:
         case (Elemwise(scalar_op=Mul()), *pair) if len(pair) == 2:
             for K, G in (pair, pair[::-1]):
-                gradient = _along_product(fgraph, K, G)
-                if gradient is not None:
+                for part, others in summands(G):
+                    gradient = _along_product(fgraph, K, part)
+                    if gradient is None:
+                        continue
+                    if others:
+                        gradient = gradient + (K * sum(others[1:], start=others[0])).sum()
                     gradient = variadic_mul(*map(batch_scalar, scales), gradient)
                     return [as_replacement(node.out, gradient)]
     return None
@@ -122,23 +134,34 @@ def inner_product_of_kron_decomposition(fgraph, node):
 def _along_product(
     fgraph: FunctionGraph, K: TensorVariable, G: TensorVariable
 ) -> TensorVariable | None:
-    """Return the inner product of a Kronecker product and a gradient in a multiple of it."""
+    """Return the inner product of a Kronecker product and a gradient in a multiple of it.
+
+    Of what the exponential is taken of, also that of a sum, and of an identity matrix.
+    """
     _, scales_of_K = split_scalars(K)
     for multiple in _multiples(fgraph, K):
         factors = kron_factors(multiple)
-        if factors is None:
-            return None
-        for user in _decompositions(fgraph, multiple):
+        users = _exponentials(fgraph, multiple)
+        if factors is not None:
+            users = chain(_decompositions(fgraph, multiple), users)
+        for user in users:
             cotangents = _cotangents(user, multiple, G)
             if cotangents is None:
                 continue
             t = pt.scalar(dtype=multiple.type.dtype)
-            copy = kron(t * factors[0], *factors[1:])
+            c: Matrices = ()
+            if isinstance(user.op.core_op, Expm):
+                # A scalar that multiplies what the exponential is taken of may be zero
+                copy, start = multiple + t * K, 0
+            else:
+                assert factors is not None
+                copy, start = kron(t * factors[0], *factors[1:]), 1
+                _, scales = split_scalars(multiple)
+                c = scales[: len(scales) - len(scales_of_K)]
             gradients = _factorwise_gradients(fgraph, user, {multiple: copy}, [t], cotangents)
-            [gradient] = graph_replace(gradients, {t: pt.constant(1, dtype=t.type.dtype)})
-            _, scales = split_scalars(multiple)
-            c = map(batch_scalar, scales[: len(scales) - len(scales_of_K)])
-            return gradient / variadic_mul(*c)
+            if gradients is not None:
+                [gradient] = graph_replace(gradients, {t: pt.constant(start, dtype=t.type.dtype)})
+                return gradient / variadic_mul(*map(batch_scalar, c))
     return None
 
 
@@ -159,12 +182,24 @@ def _decompositions(fgraph: FunctionGraph, K: TensorVariable) -> Iterator[Apply]
             yield from _decompositions(fgraph, client.out)
 
 
+def _exponentials(fgraph: FunctionGraph, var: TensorVariable) -> Iterator[Apply]:
+    """Yield the exponentials of what is made of a matrix entry by entry, sums for example."""
+    seen, to_visit = {var}, [var]
+    while to_visit:
+        for client, _ in fgraph.clients[to_visit.pop()]:
+            if isinstance(getattr(client.op, "core_op", None), Expm):
+                yield client
+            elif isinstance(client.op, Elemwise | DimShuffle) and seen.isdisjoint(client.outputs):
+                seen.update(client.outputs)
+                to_visit += client.outputs
+
+
 def _cotangents(
     node: Apply, var: TensorVariable, gradient: TensorVariable
 ) -> dict[int, TensorVariable] | None:
     """Return for which gradients in the outputs of a node PyTensor writes a gradient in a variable.
 
-    Those outputs that don't take part are left out.
+    Those outputs that don't take part are left out. Some options have no gradient.
     """
     for chosen in product((True, False), repeat=len(node.outputs)):
         numbers = [i for i, is_chosen in enumerate(chosen) if is_chosen]
@@ -172,7 +207,10 @@ def _cotangents(
             return None
         outputs = [node.outputs[i] for i in numbers]
         stand_ins = [output.type() for output in outputs]
-        pattern = pullback(outputs, var, stand_ins)
+        try:
+            pattern = pullback(outputs, var, stand_ins)
+        except NotImplementedError:
+            continue
         if gradient.type.ndim < pattern.type.ndim:
             pattern, _ = strip_transposes(pattern)
         found = matched(pattern, gradient, stand_ins)
@@ -187,10 +225,12 @@ def _factorwise_gradients(
     replacements: dict[TensorVariable, TensorVariable],
     wrt: Matrices,
     cotangents: dict[int, TensorVariable],
-) -> list[TensorVariable]:
+) -> list[TensorVariable] | None:
     """Return gradients through what a decomposition becomes, once its inputs are replaced."""
     rewrite = FACTORWISE[type(node.op.core_op)].fn.__wrapped__
     outputs = rewrite(fgraph, node.op.make_node(*graph_replace(node.inputs, replacements)))
+    if outputs is None:
+        return None
     return pullback(
         [outputs[i] for i in cotangents],
         wrt,

@@ -51,7 +51,7 @@ def pullback_of_kron_sum_cholesky(fgraph, node):
             match = matched(pattern, other.out, [L_bar])
             if match is not None:
                 [found[other.out]] = match
-    if not found or M.type.ndim > 2:
+    if not found or not all(M.type.broadcastable[:-2]):
         return None
     kron_sum = kron_sum_of(fgraph, M)
     if kron_sum is None:
@@ -110,7 +110,9 @@ def _gradients(
                 for logs in clients_of(fgraph, client.out):
                     if isinstance(getattr(logs.op, "scalar_op", None), Log):
                         for reduction in clients_of(fgraph, logs.out):
-                            if isinstance(reduction.op, Sum) and reduction.out.type.ndim == 0:
+                            if isinstance(reduction.op, Sum) and all(
+                                reduction.out.type.broadcastable
+                            ):
                                 yield reduction.out, partial(_of_logdet, kron_sum)
 
 
@@ -158,4 +160,4 @@ def _outer_products(
 def _of_logdet(kron_sum: KronSum, logdet_bar: TensorVariable) -> TensorVariable:
     basis = kron_sum.basis()
     definite = KronSumSolve(layout=kron_sum.layout, definite=True)
-    return logdet_bar / 2 * inverse_of(basis, definite.eigenvalues(basis))
+    return logdet_bar.squeeze() / 2 * inverse_of(basis, definite.eigenvalues(basis))

@@ -43,7 +43,8 @@ def kron_sum_of(fgraph: FunctionGraph, var: TensorVariable) -> KronSum | None:
         If one basis isn't known to diagonalise the sum, or the matrices aren't known to be
         symmetric.
     """
-    parts = read_sum(var)
+    core, _ = strip_transposes(without_assumptions(var))
+    parts = read_sum(core)
     if parts is None:
         return None
     refuse_dtype(var, "f")
@@ -88,7 +89,7 @@ def read_sum(var: TensorVariable) -> Parts | None:
     Refusal
         If anything else than Kronecker products and multiples of the identity is in the sum.
     """
-    core, _ = strip_transposes(without_assumptions(var))
+    core = without_assumptions(var)
     addends = _addends(core)
     if addends is None:
         return None
@@ -115,8 +116,12 @@ def read_sum(var: TensorVariable) -> Parts | None:
 
 
 def _addends(var: TensorVariable) -> Matrices | None:
-    """Return the terms of a sum, without the scalars that it may be multiplied with."""
-    match without_assumptions(var).owner_op_and_inputs:
+    """Return the terms of a sum, without the scalars that it may be multiplied with.
+
+    The sum may be transposed; its terms aren't.
+    """
+    core, _ = strip_transposes(without_assumptions(var))
+    match core.owner_op_and_inputs:
         case (Elemwise(scalar_op=Add() | Sub()), *addends):
             return addends
         case (Elemwise(scalar_op=Neg()), matrix):

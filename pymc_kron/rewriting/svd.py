@@ -27,8 +27,11 @@ def svd_of_kron(fgraph, node):
     if factors is None:
         return None
 
-    old_s = node.outputs[1 if op.compute_uv else 0]
-    if not any(fgraph.clients[out] for out in node.outputs if out is not old_s):
+    if not op.compute_uv:
+        return [as_replacement(node.out, _singular_values(fgraph, factors))]
+    old_U, old_s, old_Vh = node.outputs
+    # A node that isn't in the graph is one to take a gradient of
+    if all(fgraph.clients.get(out) == [] for out in (old_U, old_Vh)):
         return {old_s: as_replacement(old_s, _singular_values(fgraph, factors))}
 
     if op.full_matrices and not are_square(fgraph, factors):

@@ -44,6 +44,11 @@ def in_eigenvectors(K, x):
     return (pt.exp(w / 9) * (Q.T @ x) ** 2).sum()
 
 
+def in_singular_vectors(K, x):
+    U, s, Vh = pt.linalg.svd(K, full_matrices=False)
+    return (s * (U.T @ x) ** 2).sum() + (pt.cos(s) * (Vh @ x) ** 2).sum()
+
+
 # Losses of the product and a vector. Those of a Cholesky factor need no sizes to be known
 CHOLESKY_LOSSES = {
     "whitened norm": lambda K, x: (whitened(K, x) ** 2).sum(),
@@ -56,6 +61,9 @@ CHOLESKY_LOSSES = {
     ).sum(),
     "upper": lambda K, x: (solve_triangular(cholesky(K, lower=False), x, lower=False) ** 3).sum(),
     "draws": lambda K, x: ((cholesky(K) @ x) ** 3).sum(),
+    "two factors": lambda K, x: (
+        (whitened(K, x) ** 2).sum() + 2 * pt.log(pt.diagonal(cholesky(K))).sum()
+    ),
     "with others": lambda K, x: log_density(K, x) + pt.linalg.slogdet(K)[1] + (K @ x).sum(),
 }
 STATIC_LOSSES = {
@@ -65,6 +73,9 @@ STATIC_LOSSES = {
     "eigenvectors": in_eigenvectors,
     "R": lambda K, x: pt.log(pt.abs(pt.diagonal(pt.linalg.qr(K)[1]))).sum(),
     "U": lambda K, x: pt.log(pt.abs(pt.diagonal(pt.linalg.lu(K)[2]))).sum(),
+    "singular values": lambda K, x: (pt.linalg.svd(K, compute_uv=False) ** 3).sum(),
+    "singular values of svd": lambda K, x: pt.log(pt.linalg.svd(K, full_matrices=False)[1]).sum(),
+    "singular vectors": in_singular_vectors,
 }
 LOSSES = {**CHOLESKY_LOSSES, **STATIC_LOSSES}
 
@@ -132,7 +143,7 @@ def test_decompositions_where_sizes_have_to_be_known(name):
 
 
 @pytest.mark.parametrize("product", list(PRODUCTS)[1:])
-@pytest.mark.parametrize("name", ["log density", "MvNormal"])
+@pytest.mark.parametrize("name", ["log density", "MvNormal", "two factors"])
 def test_multiples_transposes_signs_and_more_factors(name, product):
     check(product, LOSSES[name], static=name == "MvNormal")
 
@@ -145,6 +156,45 @@ def test_eigenvalues_of_other_products(product):
 @pytest.mark.parametrize("static", [True, False])
 def test_several_observations(static):
     check("A (x) B", mvnormal, static=static, shape=(4,))
+
+
+def test_observations_with_means_of_their_own():
+    # A batch of one covariance, which one of matrices without a batch is made of
+    def own_means(K, x):
+        return pm.logp(pm.MvNormal.dist(mu=x**2, cov=K), x).sum()
+
+    check("A (x) B", own_means, shape=(4,))
+
+
+@pytest.mark.parametrize("shape", [(5, 3, 4, 2), (2, 3, 3, 4)], ids=["tall", "wide"])
+def test_singular_values_of_rectangular_factors(shape):
+    m, n, p, q = shape
+    rng = np.random.default_rng(9)
+    values = [rng.normal(size=(m, n)), rng.normal(size=(p, q))]
+    A, B = (pt.tensor(name, shape=v.shape) for name, v in zip("AB", values, strict=True))
+
+    def gradient(kron):
+        _, s, _ = pt.linalg.svd(kron(A, B), full_matrices=False)
+        return pt.grad((s**3).sum(), [A, B])
+
+    function = compile_py([A, B], gradient(pt.linalg.kron))
+    assert not has_kron(function.maker.fgraph)
+    expected = compile_py([A, B], gradient(symbolic_dense_kron), mode=AS_WRITTEN)(*values)
+    for result, other in zip(function(*values), expected, strict=True):
+        assert_allclose(result, other, rtol=1e-9, atol=1e-10)
+
+
+def test_decompositions_without_a_gradient_beside_another_one():
+    A, B = pt.tensor("A", shape=(3, 3)), pt.tensor("B", shape=(2, 2))
+    K = pt.linalg.kron(A, B)
+    values = [*pt.linalg.qr(K, mode="raw"), *pt.linalg.svd(K, full_matrices=True)]
+    gradient = pt.grad(pt.log(pt.diagonal(cholesky(K))).sum(), [A, B])
+    function = compile_py([A, B], [*gradient, *values])
+    a, b = (random_spd(np.random.default_rng(9), n) for n in (3, 2))
+    A_bar, B_bar, *_ = function(a, b)
+    # The sum is log(det(A)**2 det(B)**3) / 2
+    assert_allclose(along_symmetric_changes(A_bar), 2 * np.linalg.inv(a), rtol=1e-9)
+    assert_allclose(along_symmetric_changes(B_bar), 3 * np.linalg.inv(b), rtol=1e-9)
 
 
 def test_single_precision():
@@ -168,7 +218,7 @@ def test_what_is_known_of_the_factors_is_used(fact):
         assert_allclose(*map(along_symmetric_changes, (result, other)), rtol=1e-10)
 
 
-@pytest.mark.parametrize("name", ["log density", "eigenvectors", "R"])
+@pytest.mark.parametrize("name", ["log density", "eigenvectors", "R", "singular vectors"])
 def test_finite_differences(name):
     inputs, cost, values = program("c (A (x) B).T", LOSSES[name])
     gradients = compile_py(inputs, pt.grad(cost, inputs, disconnected_inputs="ignore"))(*values)

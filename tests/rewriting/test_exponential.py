@@ -2,9 +2,21 @@ import numpy as np
 import pytensor.tensor as pt
 import pytest
 from numpy.testing import assert_allclose
+from pytensor.compile.mode import Mode
+from pytensor.graph.traversal import explicit_graph_inputs
 from scipy.linalg import expm
 
-from tests.helpers import compile_py, has_kron, largest_computed_size, random_matrix
+from tests.helpers import (
+    PY,
+    WITHOUT_KRON,
+    compile_py,
+    has_kron,
+    largest_computed_size,
+    random_matrix,
+    symbolic_dense_kron,
+)
+
+AS_WRITTEN = Mode(linker="py", optimizer=None)
 
 I2, I3, I4 = np.eye(2), np.eye(3), np.eye(4)
 
@@ -65,6 +77,69 @@ def test_scalars_identities_and_three_factors(arrays):
         + 0.3 * np.eye(24)
     )
     assert_allclose(function(a, b, c, 0.7), expm(dense).sum(axis=0), rtol=1e-10)
+
+
+def test_transposed(arrays, rng):
+    a, b, _ = arrays
+    A, B = symbolic(a, b)
+    s, x = pt.dscalar("s"), rng.normal(size=6)
+    dense = np.kron(a, I3) + np.kron(I2, b)
+    for X, expected in [
+        (kron_sum(A, B).T, dense.T),
+        (s * kron_sum(A, B).T, 0.7 * dense.T),
+        (pt.linalg.kron(A, I3).T + kron_sum(A, B), dense + np.kron(a, I3).T),
+        (pt.linalg.kron(A, I3).T, np.kron(a, I3).T),
+    ]:
+        function = compile_py([A, B, s], pt.linalg.expm(X) @ x)
+        assert not has_kron(function.maker.fgraph)
+        assert_allclose(function(a, b, 0.7), expm(expected) @ x, rtol=1e-10)
+
+
+# Gradients that are taken first, in the factors and in scalars, of which t may be zero
+
+LOSSES = {
+    "bilinear form": lambda X, x: x @ (pt.linalg.expm(X) @ x**2),
+    "row": lambda X, x: (pt.linalg.expm(X)[3] * x).sum(),
+    "sum": lambda X, x: pt.log(pt.linalg.expm(X).sum()),
+    "trace": lambda X, x: pt.log(pt.trace(pt.linalg.expm(X))),
+}
+SUMS = {
+    "A (+) B": lambda kron, A, B, c, t: kron(A, pt.eye(4)) + kron(pt.eye(3), B),
+    "t (A (+) c B)": lambda kron, A, B, c, t: t * (kron(A, pt.eye(4)) + c * kron(pt.eye(3), B)),
+    "(c A (+) B).T + t I": lambda kron, A, B, c, t: (
+        (c * kron(A, pt.eye(4)) + kron(pt.eye(3), B)).T + t * pt.eye(12)
+    ),
+    "t (A (x) I)": lambda kron, A, B, c, t: t * kron(A, pt.eye(4)),
+    "A (+) B - A.T (+) c I": lambda kron, A, B, c, t: (
+        kron(A, pt.eye(4)) + kron(pt.eye(3), B) - kron(A.T, pt.eye(4)) / c
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("loss", "name"),
+    [("bilinear form", name) for name in SUMS] + [(loss, "t (A (+) c B)") for loss in LOSSES],
+)
+def test_gradient_taken_first(loss, name, arrays, rng):
+    _, a, b = arrays
+    A, B = symbolic(a, b)
+    c, t, x = pt.dscalar("c"), pt.dscalar("t"), rng.normal(size=12)
+
+    def compiled(kron, mode):
+        cost = LOSSES[loss](SUMS[name](kron, A, B, c, t), x)
+        wrt = [var for var in (A, B, c, t) if var in explicit_graph_inputs([cost])]
+        return compile_py([A, B, c, t], pt.grad(cost, wrt), mode=mode)
+
+    function = compiled(pt.linalg.kron, PY)
+    assert not has_kron(function.maker.fgraph)
+    dense = compiled(symbolic_dense_kron, WITHOUT_KRON)
+    for time in (0.7, 0.0):
+        values = [a, b, np.array(0.4), np.array(time)]
+        fgraph = function.maker.fgraph
+        # The gradient of the exponential of B is that of a matrix with eight rows
+        assert largest_computed_size(fgraph.inputs, fgraph.outputs, values, mode=AS_WRITTEN) < 144
+        for result, expected in zip(function(*values), dense(*values), strict=True):
+            assert_allclose(result, expected, rtol=1e-9, atol=1e-12)
 
 
 def test_one_factor_beside_an_identity(arrays, rng):

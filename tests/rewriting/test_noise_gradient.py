@@ -64,6 +64,7 @@ LOSSES = {
         log_density(M, x) + (M @ x).sum() + (x * pt.linalg.solve(M, x, assume_a="pos")).sum()
     ),
     "MvNormal": lambda M, x: pm.logp(pm.MvNormal.dist(pt.ones(x.shape[-1]), cov=M), x).sum(),
+    "means of their own": lambda M, x: (pm.logp(pm.MvNormal.dist(x**2, cov=M), x) ** 2).sum(),
 }
 
 
@@ -132,6 +133,11 @@ def test_sums(name):
 @pytest.mark.parametrize("loss", ["function of a whitened norm", "product", "solution", "MvNormal"])
 def test_several_observations(loss):
     check(loss, "s**2", (4,))
+
+
+def test_observations_with_means_of_their_own():
+    # A batch of one covariance, which a sum without a batch is made of
+    check("means of their own", "s**2", (4,))
 
 
 def test_after_the_rewrites():

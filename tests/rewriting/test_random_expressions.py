@@ -319,6 +319,7 @@ OPS = {
     "constant times": lambda M, c: c * M,
     "inv": pt.linalg.inv,
     "pinv": pt.linalg.pinv,
+    "expm": pt.linalg.expm,
     "matmul": matmul,
     "gram": lambda M: M @ M.mT,
     "elementwise": mul,
@@ -637,9 +638,9 @@ class Menu:
     def eye(self, like):
         return Node("eye", (like,), (self.choose(True, False), self.choose(*self.dtypes)))
 
-    def sum_over_axes(self):
+    def sum_over_axes(self, kind="positive"):
         """Return the Kronecker sum, kron(A, I) + kron(I, B)."""
-        factors = [self.leaf("positive", k, k) for k in self.sizes]
+        factors = [self.leaf(kind, k, k) for k in self.sizes]
         terms = [
             product_of(factor if i == j else self.eye(factor) for j, factor in enumerate(factors))
             for i in range(len(factors))
@@ -786,7 +787,7 @@ def noise(menu):
 
 
 def decompositions(menu):
-    match menu.choose("qr", "lu", "svd", "singular values", "eigh", "eigvalsh", "cholesky"):
+    match menu.choose("qr", "lu", "svd", "singular values", "eigh", "eigvalsh", "cholesky", "expm"):
         case "qr":
             # PyTensor's gradient fails for unknown sizes
             menu.known = ("all",)
@@ -808,6 +809,19 @@ def decompositions(menu):
             return Node("eigvalsh", (menu.matrix(menu.choose("positive", "symmetric"), 1),))
         case "cholesky":
             return Node("cholesky", (menu.matrix("positive", 1),), (menu.choose(True, False),))
+        case "expm":
+            M = menu.sum_over_axes("general")
+            if menu.choose(False, True):
+                noise = "eye", menu.n, menu.choose(*menu.dtypes)
+                M = Node("plus noise", (M, menu.leaf("scalar")), noise)
+            if menu.choose(False, True):
+                M = menu.scaled(M)
+            if menu.choose(False, True):
+                M = Node("transpose", (M,))
+            # The singular values are below 9, and rounding is relative to the exponential of these
+            M = Node("expm", (Node("constant times", (M,), (0.25,)),))
+            other = partial(menu.kron, "square")
+            return consumer_of_entries(menu, M, menu.n, menu.n, other)
 
 
 def batches(menu):
