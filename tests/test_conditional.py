@@ -12,7 +12,6 @@ import pymc_kron.dims as pkd
 from pymc_kron import KroneckerMvNormal, TensorNormal, conditional, loo_pointwise
 from tests.helpers import PY, compile_py, dense_kron, largest_computed_size, random_spd
 
-EXACT = PY.excluding("fusion")
 RNG = np.random.default_rng(12)
 SIZES, NEW_SIZES = (2, 3, 4), (3, 1, 2)
 # Of the points of the grid and the new ones together
@@ -57,7 +56,7 @@ def moments(variables):
     The draws are a linear map of standard normal variables, which shows both.
     """
     [whitened] = {var for var in ancestors([variables.draws]) if var.name == "f_whitened"}
-    function = compile_py([whitened], [variables.mean, variables.variance, variables.draws], EXACT)
+    function = compile_py([whitened], [variables.mean, variables.variance, variables.draws], PY)
     [n] = whitened.type.shape
     mean, variance, drawn_mean = (value.ravel() for value in function(np.zeros(n)))
     root = np.stack([function(unit)[2].ravel() - drawn_mean for unit in np.eye(n)])
@@ -140,7 +139,7 @@ def test_a_new_point_may_be_one_of_the_grid(noise):
         y = TensorNormal("y", MU, S, observed=Y, **noise)
         at_grid = conditional("f", y, [cross, None, None], [new, None, None], mu=MU[[1, 1]])
     mean, variance, draws = (
-        var.eval(mode=EXACT)[0] for var in (at_grid.mean, at_grid.variance, at_grid.draws)
+        var.eval(mode=PY)[0] for var in (at_grid.mean, at_grid.variance, at_grid.draws)
     )
     if not noise:
         assert_allclose(mean, Y[1], rtol=1e-12)
@@ -151,8 +150,8 @@ def test_a_new_point_may_be_one_of_the_grid(noise):
         with pm.Model():
             y = TensorNormal("y", MU, S, observed=Y, **noise)
             smooth = conditional("f", y, [None] * 3, [None] * 3, mu=MU)
-        assert_allclose(mean, smooth.mean.eval(mode=EXACT)[1], rtol=1e-9)
-        assert_allclose(variance, smooth.variance.eval(mode=EXACT)[1], rtol=1e-9)
+        assert_allclose(mean, smooth.mean.eval(mode=PY)[1], rtol=1e-9)
+        assert_allclose(variance, smooth.variance.eval(mode=PY)[1], rtol=1e-9)
 
 
 def test_singular_and_smooth_factors_with_noise():
@@ -185,7 +184,7 @@ def test_batches(noise, is_batch):
     with pm.Model():
         y = TensorNormal("y", 0, [S[0], signal], sigma=sigma, observed=grids)
         variables = conditional("f", y, [CROSS[0], cross], [NEW[0], new])
-    mean, variance = (var.eval(mode=EXACT) for var in (variables.mean, variables.variance))
+    mean, variance = (var.eval(mode=PY) for var in (variables.mean, variables.variance))
     assert mean.shape == variance.shape == (4, 3, 2)
     draws = pm.draw(variables.draws, 1000, random_seed=1, mode=PY)
     assert draws.shape == (1000, 4, 3, 2)

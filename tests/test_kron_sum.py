@@ -146,7 +146,7 @@ def test_values_and_pullbacks(name):
         total = sum(w * out for w, out in zip(weights, outputs, strict=True))
         gradients = pt.grad(total, inputs, disconnected_inputs="ignore")
         # Fused, more operands than Python allows
-        function = compile_py(inputs, [*outputs, *gradients], mode=PY.excluding("fusion"))
+        function = compile_py(inputs, [*outputs, *gradients])
         results.append(function(*values, *vectors))
     for result, expected in zip(*results, strict=True):
         scale = np.abs(expected).max()
@@ -257,7 +257,7 @@ def test_second_derivatives_of_the_quadratic_form(name):
     )
     slope_function = compile_py(inputs, slope)
     # Most of the work of these tests would be to rewrite what runs once
-    mode = PY.excluding("fusion", "inplace")
+    mode = PY
     second = compile_py(inputs, pt.grad(slope, inputs), mode=mode)(*values)
     for i, (result, value) in enumerate(zip(second, values, strict=True)):
 

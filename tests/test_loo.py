@@ -17,8 +17,7 @@ from pymc_kron.distributions.arguments import read_factors, read_noise
 from pymc_kron.loo import leave_one_out
 from tests.helpers import PY, dense_kron, largest_computed_size, random_spd
 
-EXACT = PY.excluding("fusion")
-OPTIONS = {"progressbar": False, "compile_kwargs": {"mode": EXACT}}
+OPTIONS = {"progressbar": False, "compile_kwargs": {"mode": PY}}
 RNG = np.random.default_rng(3)
 SIZES = (2, 3, 4)
 A, B, C = (random_spd(RNG, n) for n in SIZES)

@@ -17,7 +17,7 @@ from tests.helpers import PY, dense_kron, random_spd
 OPTIONS = {
     "progressbar": False,
     "random_seed": 1,
-    "compile_kwargs": {"mode": PY.excluding("fusion")},
+    "compile_kwargs": {"mode": PY},
 }
 RNG = np.random.default_rng(21)
 SIZES = (3, 4)

@@ -7,7 +7,6 @@ import pytensor.tensor as pt
 import pytest
 from numpy.testing import assert_allclose
 from pytensor.assumptions.specify import assume
-from pytensor.compile.mode import Mode
 from pytensor.graph.rewriting.utils import rewrite_graph
 
 from pymc_kron.sizes import Sizes
@@ -27,9 +26,11 @@ from pymc_kron.terms import (
     terms_of,
     transposed_term,
 )
-from tests.helpers import symbolic_dense_kron
+from tests.helpers import (
+    AS_WRITTEN,
+    symbolic_dense_kron,
+)
 
-AS_WRITTEN = Mode(linker="py", optimizer=None)
 RNG = np.random.default_rng(21)
 
 N = 12

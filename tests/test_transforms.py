@@ -29,7 +29,6 @@ from tests.helpers import (
     random_spd,
 )
 
-EXACT = PY.excluding("fusion")
 RNG = np.random.default_rng(11)
 SIZES = (2, 3)
 A, B = (random_spd(RNG, n) for n in SIZES)
@@ -134,10 +133,10 @@ def test_log_density_is_that_of_the_field_with_the_jacobian(form):
     point = random_point(model)
     x = field_of(model)(point).ravel()
     expected = pm.logp(pm.MvNormal.dist(MU.ravel(), dense_kron(A, B)), x).eval(mode=PY)
-    logp = model.compile_logp(jacobian=False, mode=EXACT)(point)
+    logp = model.compile_logp(jacobian=False, mode=PY)(point)
     assert_allclose(logp, expected, rtol=1e-10)
     jacobian = 0.5 * np.linalg.slogdet(dense_kron(A, B))[1]
-    assert_allclose(model.compile_logp(mode=EXACT)(point), expected + jacobian, rtol=1e-10)
+    assert_allclose(model.compile_logp(mode=PY)(point), expected + jacobian, rtol=1e-10)
 
 
 @pytest.mark.parametrize(
@@ -159,8 +158,8 @@ def test_gradient(form, jacobian):
         field = TensorNormal("field", mu, **arguments, transform=whiten)
         pm.Normal("y", field**2, observed=X)
     point = {"a": np.array(1.2), "mu": np.array(0.3), "field_whiten__": RNG.normal(size=SIZES)}
-    logp = model.compile_logp(jacobian=jacobian, mode=EXACT)
-    gradient = model.compile_dlogp(jacobian=jacobian, mode=EXACT)(point)
+    logp = model.compile_logp(jacobian=jacobian, mode=PY)
+    gradient = model.compile_dlogp(jacobian=jacobian, mode=PY)(point)
 
     def at(flat):
         return logp({"a": flat[0], "mu": flat[1], "field_whiten__": flat[2:].reshape(SIZES)})
@@ -175,7 +174,7 @@ def test_the_model_is_that_by_hand():
     same = by_hand_point(point)
     functions = []
     for compile_ in ("compile_logp", "compile_dlogp"):
-        one, other = (getattr(m, compile_)(mode=EXACT) for m in (model, by_hand))
+        one, other = (getattr(m, compile_)(mode=PY) for m in (model, by_hand))
         assert_allclose(one(point), other(same), rtol=1e-9, atol=1e-12)
         # No solve, no determinant, and no factor is decomposed twice
         expected = counts(other.f.maker.fgraph)
@@ -192,7 +191,7 @@ def test_a_field_given_by_its_roots_takes_no_solve_at_all():
             "field", chols=[chol, None], evds=[None, np.linalg.eigh(B)], transform=whiten
         )
         pm.Poisson("y", pt.exp(field), observed=COUNTS)
-    assert counts(model.compile_dlogp(mode=EXACT).f.maker.fgraph)[:2] == (0, 0)
+    assert counts(model.compile_dlogp(mode=PY).f.maker.fgraph)[:2] == (0, 0)
 
 
 # Batches of the mean, the first factor and the field
@@ -228,9 +227,9 @@ def test_batches(batch, name):
     field = field_of(model)(point)
     [logp] = model.logp(vars=[model["field"]], sum=False)
     assert logp.type.ndim == len(shape)
-    logp = model.compile_fn(logp, inputs=model.value_vars, mode=EXACT)
+    logp = model.compile_fn(logp, inputs=model.value_vars, mode=PY)
     [dense] = centred.logp(vars=[centred["field"]], sum=False)
-    dense = centred.compile_fn(dense, inputs=centred.value_vars, mode=EXACT)
+    dense = centred.compile_fn(dense, inputs=centred.value_vars, mode=PY)
     jacobian = 0.5 * np.linalg.slogdet(dense_kron(1.3 * a, B))[1]
     expected = dense({"scale": point["scale"], "field": field}) + jacobian
     assert_allclose(logp(point), expected, rtol=1e-10)
@@ -245,7 +244,7 @@ def test_a_chain_of_transforms_keeps_its_log_density():
     point = random_point(model)
     x = field_of(model)(point)
     expected = pm.logp(pm.MvNormal.dist(MU.ravel(), dense_kron(A, B)), x).eval(mode=PY)
-    assert_allclose(model.compile_logp(jacobian=False, mode=EXACT)(point), expected, rtol=1e-10)
+    assert_allclose(model.compile_logp(jacobian=False, mode=PY)(point), expected, rtol=1e-10)
 
 
 @pytest.mark.parametrize("dims", [None, ("day", "station"), ("day", "group", "station")], ids=str)
@@ -279,15 +278,15 @@ def test_dims(dims):
     x = field_of(model)(point)
     values = {"length_scale": point["length_scale"], "level": point["level"], "field": x}
     assert_allclose(
-        model.compile_logp(jacobian=False, mode=EXACT)(point),
-        centred.compile_logp(mode=EXACT)(values),
+        model.compile_logp(jacobian=False, mode=PY)(point),
+        centred.compile_logp(mode=PY)(values),
         rtol=1e-10,
     )
-    logp, gradient = model.compile_logp(mode=EXACT), model.compile_dlogp(mode=EXACT)
+    logp, gradient = model.compile_logp(mode=PY), model.compile_dlogp(mode=PY)
     scales = [1.0, 2.0, 3.0, 4.0] if dims is not None and "group" in dims else [1.0]
     blocks = [dense_kron(scale * np.exp(-LAGS[0] / 1.3), B) for scale in scales]
     jacobian = 0.5 * sum(np.linalg.slogdet(block)[1] for block in blocks)
-    assert_allclose(logp(point), centred.compile_logp(mode=EXACT)(values) + jacobian, rtol=1e-10)
+    assert_allclose(logp(point), centred.compile_logp(mode=PY)(values) + jacobian, rtol=1e-10)
     assert counts(logp.f.maker.fgraph) == (1, 0, 0)
     # Those of the derivative of one Cholesky factor
     assert counts(gradient.f.maker.fgraph) == (1, 2, 0)
@@ -348,7 +347,7 @@ def test_transforms_of_a_finished_model_can_be_changed():
     centred, model = latent_model(transform=UNSET), latent_model()
     changed = change_value_transforms(centred, {"field": whiten.of(centred["field"])})
     point = random_point(model)
-    one, other = (m.compile_logp(mode=EXACT) for m in (changed, model))
+    one, other = (m.compile_logp(mode=PY) for m in (changed, model))
     assert_allclose(one(point), other(point), rtol=1e-12)
     back = change_value_transforms(changed, {"field": None})
     assert set(back.initial_point()) == set(centred.initial_point())
@@ -359,13 +358,13 @@ def test_a_covariance_that_is_not_positive_definite():
         scale = pm.Flat("scale")
         KroneckerMvNormal("field", 0, chols=[scale * np.eye(2), B], transform=whiten)
     point = {"scale": np.array(0.0), "field_whiten__": np.ones(6)}
-    assert model.compile_logp(mode=EXACT)(point) == -np.inf
+    assert model.compile_logp(mode=PY)(point) == -np.inf
     rv = model["field"]
     transformed = model.logp(vars=[rv])
     with pytest.raises(ParameterValueError, match="posdef covariance"):
         transformed.eval(
             {model.value_vars[0]: point["scale"], model.value_vars[1]: point["field_whiten__"]},
-            mode=EXACT,
+            mode=PY,
         )
 
 
@@ -387,7 +386,7 @@ def test_on_numba():
     model = latent_model()
     point = random_point(model)
     function = model.compile_dlogp(mode="NUMBA")
-    expected = model_by_hand().compile_dlogp(mode=EXACT)(by_hand_point(point))
+    expected = model_by_hand().compile_dlogp(mode=PY)(by_hand_point(point))
     assert_allclose(function(point), expected, rtol=1e-9)
     assert counts(function.f.maker.fgraph)[:2] == (2, 4)
     assert count_ops(function.f.maker.fgraph, AlongAxisOp) == 0
@@ -401,7 +400,7 @@ def test_on_jax():
     point = random_point(model)
     logp = get_jaxified_logp(model)
     gradient = jax.grad(logp)(list(point.values()))
-    expected = model_by_hand().compile_dlogp(mode=EXACT)(by_hand_point(point))
+    expected = model_by_hand().compile_dlogp(mode=PY)(by_hand_point(point))
     assert_allclose(np.concatenate([np.ravel(part) for part in gradient]), expected, rtol=1e-9)
     assert "triangular_solve" not in str(jax.make_jaxpr(logp)(list(point.values())))
 

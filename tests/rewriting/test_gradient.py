@@ -9,12 +9,12 @@ import pytensor.tensor as pt
 import pytest
 import scipy.linalg
 from numpy.testing import assert_allclose
-from pytensor.compile.mode import Mode
 from pytensor.graph.basic import equal_computations
 from pytensor.tensor.linalg.decomposition.cholesky import Cholesky
 
 from pymc_kron.rewriting.journal import journal_of
 from tests.helpers import (
+    AS_WRITTEN,
     PY,
     WITHOUT_KRON,
     compile_py,
@@ -22,7 +22,7 @@ from tests.helpers import (
     dense_kron,
     finite_differences,
     has_kron,
-    largest_computed_size,
+    largest_size_in,
     random_matrix,
     random_spd,
     symbolic_dense_kron,
@@ -106,7 +106,6 @@ STATIC_LOSSES = {
 }
 
 ALL_LOSSES = {**SQUARE_LOSSES, **LOSSES, **STATIC_LOSSES}
-AS_WRITTEN = Mode(linker="py", optimizer=None)
 
 
 def values_for(product, *, definite, dtype="float64"):
@@ -147,7 +146,7 @@ def check(product, loss, *, static, definite=False, dtype="float64", rtol=1e-10)
     variables = variables_for(values, static=static)
     inputs = list(variables.values())
     gradient = gradient_of(loss, product, pt.linalg.kron, variables)
-    function = compile_py(inputs, gradient, mode=PY.excluding("inplace", "fusion"))
+    function = compile_py(inputs, gradient)
     fgraph = function.maker.fgraph
     assert not has_kron(fgraph)
     results = function(*values.values())
@@ -156,8 +155,7 @@ def check(product, loss, *, static, definite=False, dtype="float64", rtol=1e-10)
         assert result.dtype == dtype
         assert_allclose(result, other, rtol=rtol, atol=rtol / 10 * np.abs(other).max())
 
-    # The same graph again, which is rewritten already
-    size = largest_computed_size(fgraph.inputs, fgraph.outputs, values.values(), mode=AS_WRITTEN)
+    size = largest_size_in(function, *values.values())
     assert size < len(values["u"]) * len(values["x"])
 
 
@@ -314,7 +312,7 @@ def test_batches_of_factors(name, factor_shapes, x_shape):
         return (result**2).sum()
 
     gradient = pt.grad(loss_of(pt.linalg.kron), inputs)
-    function = compile_py(inputs, gradient, mode=PY.excluding("inplace", "fusion"))
+    function = compile_py(inputs, gradient)
     fgraph = function.maker.fgraph
     assert not has_kron(fgraph)
     results = function(*arrays, x)
@@ -325,7 +323,7 @@ def test_batches_of_factors(name, factor_shapes, x_shape):
         assert_allclose(result, other, rtol=1e-10, atol=1e-11 * np.abs(other).max())
     sizes = dense_kron(*arrays).size
     values = [*arrays, x]
-    assert largest_computed_size(fgraph.inputs, fgraph.outputs, values, mode=AS_WRITTEN) < sizes
+    assert largest_size_in(function, *values) < sizes
 
 
 # What stays dense
@@ -454,6 +452,9 @@ SCALES = [
 ]
 
 
+compiled_once = pytest.mark.xdist_group("log density of ten thousand cells")
+
+
 @pytest.fixture(scope="module")
 def log_density(request):
     inputs, value, gradient = log_density_and_gradient()
@@ -461,6 +462,7 @@ def log_density(request):
     return pytensor.function(inputs, [value, *gradient], mode=mode)
 
 
+@compiled_once
 @pytest.mark.parametrize(
     ("log_density", "scales"),
     [*(("NUMBA", scales) for scales in SCALES), ("PY", (1, 1)), ("PY", (1e-30, 1e-30))],
@@ -475,6 +477,7 @@ def test_log_density_of_ten_thousand_cells(log_density, scales):
         assert_allclose(result, expected, rtol=1e-8, atol=1e-8 * np.abs(expected).max())
 
 
+@compiled_once
 @pytest.mark.parametrize("log_density", ["NUMBA", "PY"], indirect=True)
 def test_log_density_decomposes_each_factor_once(log_density):
     fgraph = log_density.maker.fgraph
@@ -482,7 +485,7 @@ def test_log_density_decomposes_each_factor_once(log_density):
     assert count_ops(fgraph, Cholesky) == 2
 
 
-def test_log_density_computes_nothing_large():
-    inputs, value, gradient = log_density_and_gradient()
-    values = [*covariances((1, 1)), np.ones(10_000)]
-    assert largest_computed_size(inputs, [value, *gradient], values, mode=PY) == 10_000
+@compiled_once
+@pytest.mark.parametrize("log_density", ["PY"], indirect=True)
+def test_log_density_computes_nothing_large(log_density):
+    assert largest_size_in(log_density, *covariances((1, 1)), np.ones(10_000)) == 10_000

@@ -8,7 +8,7 @@ from tests.helpers import (
     compile_py,
     dense_kron,
     has_kron,
-    largest_computed_size,
+    largest_size_in,
     random_spd,
     symbolic_matrices,
 )
@@ -43,8 +43,7 @@ def test_trace_of_gram_solve(root, rows):
     assert not has_kron(function.maker.fgraph)
     expected = np.trace(np.linalg.solve(dense_kron(*arrays), x.T @ x))
     assert_allclose(function(*arrays, x), expected, rtol=1e-10)
-    largest = largest_computed_size([A, B, x_var], [trace], [*arrays, x], mode="NUMBA")
-    assert largest == max(25, x.size)
+    assert largest_size_in(function, *arrays, x) == max(25, x.size)
 
 
 @pytest.mark.parametrize("when", ["before", "after"])

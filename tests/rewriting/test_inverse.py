@@ -12,7 +12,7 @@ from tests.helpers import (
     compile_py,
     dense_kron,
     has_kron,
-    largest_computed_size,
+    largest_size_in,
     random_matrix,
     symbolic_matrices,
 )
@@ -86,7 +86,7 @@ def test_a_product_with_the_inverse_forms_neither(inverse):
     function = compile_py([*factors, x_var], product)
     assert not has_kron(function.maker.fgraph)
     assert_allclose(function(*arrays, x), np.linalg.solve(dense_kron(*arrays), x), rtol=1e-10)
-    assert largest_computed_size([*factors, x_var], product, [*arrays, x]) <= 49
+    assert largest_size_in(function, *arrays, x) <= 49
 
 
 PINV_SHAPES = [((3, 3), (2, 2)), ((4, 2), (3, 2)), ((2, 4), (3, 2)), ((3, 2), (2, 3))]

@@ -14,7 +14,7 @@ from pytensor.tensor.linalg.solvers.general import Solve
 
 from pymc_kron.rewriting.journal import listening
 from tests.helpers import (
-    PY,
+    AS_WRITTEN,
     RTOL,
     WITHOUT_KRON,
     compile_py,
@@ -22,7 +22,7 @@ from tests.helpers import (
     dense_kron,
     finite_differences,
     has_kron,
-    largest_computed_size,
+    largest_size_in,
     random_matrix,
     random_spd,
     symbolic_dense_kron,
@@ -235,7 +235,7 @@ def assumed_symmetric(variables):
 
 def dense_value(build, variables, arrays):
     M = build(symbolic_dense_kron, *variables)
-    return compile_py(variables, M, mode=WITHOUT_KRON)(*arrays)
+    return compile_py(variables, M, mode=AS_WRITTEN)(*arrays)
 
 
 @pytest.mark.parametrize("use", USES)
@@ -254,7 +254,7 @@ def test_uses_of_a_product_with_noise(use):
     M = dense_value(WITH_NOISE["eye(int)"], variables, arrays)
     assert np.linalg.eigvalsh(dense_kron(*arrays[:2])).min() < 0 < np.linalg.eigvalsh(M).min()
     assert_allclose(function(*values), numeric(M, x), rtol=1e-10, atol=1e-12)
-    assert largest_computed_size(inputs, [out], values, mode=PY) < N * N
+    assert largest_size_in(function, *values) < N * N
 
 
 @pytest.mark.parametrize("name", SUMS)
@@ -290,7 +290,7 @@ def test_sums(name):
     arguments = [*arrays, *values.values()]
     for key, result in zip(outputs, function(*arguments), strict=True):
         assert_allclose(result, expected[key], rtol=1e-9, atol=1e-11, err_msg=key)
-    assert largest_computed_size(inputs, [*outputs.values()], arguments, mode=PY) < len(M) ** 2
+    assert largest_size_in(function, *arguments) < len(M) ** 2
 
 
 RIGHT_HAND_SIDES = {
@@ -436,7 +436,7 @@ def gradient_functions(build, variables, x, when):
         value = rewrite_pregrad(value)
     outputs = pt.grad(value, wrt, disconnected_inputs="ignore")
     expected = pt.grad(dense, wrt, disconnected_inputs="ignore")
-    return outputs, compile_py(wrt, outputs), compile_py(wrt, expected, mode=WITHOUT_KRON)
+    return compile_py(wrt, outputs), compile_py(wrt, expected, mode=AS_WRITTEN)
 
 
 @pytest.mark.parametrize("when", ["before", pytest.param("after", marks=pytest.mark.nightly)])
@@ -460,12 +460,12 @@ def test_gradients(name, when):
     arrays = arrays_of(definite=name in OF_PRODUCTS)
     n = len(dense_value(SUMS[name], variables, arrays))
     x_var, x = pt.tensor("x", shape=(n,)), np.random.default_rng(2).normal(size=n)
-    outputs, function, dense = gradient_functions(SUMS[name], variables, x_var, when)
+    function, dense = gradient_functions(SUMS[name], variables, x_var, when)
     assert not has_kron(function.maker.fgraph)
     values = [*arrays, x]
     assert_gradients_agree(function(*values), dense(*values), 1e-9)
     if when == "before":
-        assert largest_computed_size([*variables, x_var], outputs, values, mode=PY) < n * n
+        assert largest_size_in(function, *values) < n * n
 
 
 DEGENERATE = {
@@ -480,7 +480,7 @@ DEGENERATE = {
 @pytest.fixture(scope="module", params=["before", "after"])
 def compiled_gradient(request):
     variables, x = symbols(), pt.tensor("x", shape=(N,))
-    return gradient_functions(WITH_NOISE["eye(int)"], variables, x, request.param)[1:]
+    return gradient_functions(WITH_NOISE["eye(int)"], variables, x, request.param)
 
 
 @pytest.mark.parametrize("second", ["identity", "rank deficient", "general"])
@@ -516,9 +516,8 @@ def test_gradients_of_a_sum_of_products_at_degenerate_factors(first):
     # The pair (A, C) has repeated generalised eigenvalues too
     arrays[2] = 2 * np.eye(3) if first == "identity" else arrays[2]
     x_var, x = pt.tensor("x", shape=(N,)), np.random.default_rng(2).normal(size=N)
-    _, function, dense = gradient_functions(
-        OF_PRODUCTS["scaled kron + kron"], variables, x_var, "before"
-    )
+    build = OF_PRODUCTS["scaled kron + kron"]
+    function, dense = gradient_functions(build, variables, x_var, "before")
     assert_gradients_agree(function(*arrays, x), dense(*arrays, x), 1e-10)
 
 

@@ -12,12 +12,12 @@ from pytensor.tensor.linalg.decomposition.eigen import Eigh
 
 from pymc_kron.rewriting.journal import listening
 from tests.helpers import (
-    PY,
+    AS_WRITTEN,
     compile_py,
     count_ops,
     finite_differences,
     has_kron,
-    largest_computed_size,
+    largest_size_in,
     symbolic_dense_kron,
 )
 from tests.rewriting.test_noise import SUMS, N, arrays_of, batched_kron, dense_value, symbols
@@ -93,10 +93,10 @@ def check(loss, name, shape=(), *, when="before", static=True):
     assert not has_kron(function.maker.fgraph)
     size = values[-1].shape[-1]
     # No decomposition of an array with N x N entries, nor the array itself
-    assert largest_computed_size(inputs, outputs, values, mode=PY) < size**2
+    assert largest_size_in(function, *values) < size**2
 
     *dense, wrt, _ = programs(loss, name, shape, kron=symbolic_dense_kron)
-    expected = compile_py(dense[0], [dense[1], *pt.grad(dense[1], wrt)])(*values)
+    expected = compile_py(dense[0], [dense[1], *pt.grad(dense[1], wrt)], mode=AS_WRITTEN)(*values)
     for result, other in zip(function(*values), expected, strict=True):
         result, other = along_symmetric_changes(result), along_symmetric_changes(other)
         assert_allclose(result, other, rtol=1e-9, atol=1e-9 * np.abs(other).max())

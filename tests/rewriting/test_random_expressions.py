@@ -26,35 +26,22 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from pymc.pytensorf import pregrad_inner_graphs
 from pytensor.assumptions.specify import assume
-from pytensor.compile.builders import OpFromGraph
-from pytensor.compile.mode import Mode
-from pytensor.compile.rewriting import inline_ofg_node
 from pytensor.graph.fg import FunctionGraph
-from pytensor.graph.rewriting.basic import dfs_rewriter, node_rewriter
 from pytensor.graph.rewriting.utils import rewrite_graph
 
-from tests.helpers import PY, has_kron
+from tests.helpers import AS_WRITTEN, PY, has_kron
 
-# In fused loops the Python linker takes reciprocals of scalars in single precision. M[[-5], [0]],
-# with an index from the end, PyTensor takes for a diagonal that doesn't exist. Of a batch of
-# identity matrices, it can't say whether they select, which raises an error. Where it reorders a
-# chain of products, it looks for a product that it has replaced already, and doesn't find it.
+# M[[-5], [0]], with an index from the end, PyTensor takes for a diagonal that doesn't exist. Of a
+# batch of identity matrices, it can't say whether they select, which raises an error. Where it
+# reorders a chain of products, it looks for a product that it has replaced already, and doesn't
+# find it.
 FAILING = (
     "local_adv_idx_to_diagonal",
     "extract_diag_lift_pass",
     "selection_dot_to_indexing",
     "reassociate_matmul_chain",
 )
-REWRITES = PY.excluding("fusion", "inplace", "ofg_inner_graph", *FAILING).optimizer
-
-
-@node_rewriter([OpFromGraph])
-def inline(fgraph, node):
-    """Replace an operation that is made of others with these, which is faster to compile."""
-    return inline_ofg_node(node)
-
-
-PLAIN = Mode(linker="py", optimizer=dfs_rewriter(inline))
+REWRITES = PY.excluding("ofg_inner_graph", *FAILING).optimizer
 
 
 def rewritten_before_gradients(loss):
@@ -863,7 +850,7 @@ def loss_of(parts, weights):
 
 def calculate(inputs, outputs, values):
     """Return the values of a graph as it is."""
-    return pytensor.function(inputs, outputs, mode=PLAIN, on_unused_input="ignore")(*values)
+    return pytensor.function(inputs, outputs, mode=AS_WRITTEN, on_unused_input="ignore")(*values)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from tests.helpers import (
     compile_py,
     dense_kron,
     has_kron,
-    largest_computed_size,
+    largest_size_in,
     symbolic_matrices,
 )
 
@@ -34,7 +34,7 @@ def check(value, factors, arrays, expected, *, rtol=1e-10, largest=None):
     assert result.shape == np.shape(expected)
     assert_allclose(result, expected, rtol=rtol, atol=rtol)
     if largest is not None:
-        assert largest_computed_size(factors, value, arrays, mode=PY) <= largest
+        assert largest_size_in(function, *arrays) <= largest
 
 
 REDUCTIONS = {
