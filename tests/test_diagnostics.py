@@ -257,6 +257,16 @@ def test_reasons():
         assert all(found.advice for found in product.reasons)
 
 
+@pytest.mark.parametrize("kind", GRAPHS)
+def test_a_sum_whose_symmetry_is_not_known(kind):
+    M = K + 2 * pt.eye(12)
+    for use in (pt.linalg.solve(M, x), pt.linalg.slogdet(M)[1]):
+        [product] = pk.explain(GRAPHS[kind]([use])).dense
+        [reason] = product.reasons
+        assert reason.reason == "factor 1 isn't known to be symmetric"
+        assert "pt.assume(A, symmetric=True)" in reason.advice
+
+
 def test_the_longest_product_is_reported():
     C = pt.tensor("C", shape=(2, 2))
     [product] = pk.explain(pt.exp(kron(kron(A, B), C))).dense

@@ -425,6 +425,7 @@ def _dense_product(
 
 
 ADVICE = {
+    "Add": "of a sum, solutions, log-determinants and products with vectors need no array",
     "Dot": "multiply the factors, (A (x) B)(C (x) D) = (A C) (x) (B D)",
     "Mul": "multiply the factors, (A (x) B) * (C (x) D) = (A * C) (x) (B * D)",
     "Subtensor": "index the factors, or what the product is multiplied with",

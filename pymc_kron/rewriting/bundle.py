@@ -13,7 +13,9 @@ walk of its own.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from copy import copy
 from functools import wraps
+from math import inf
 
 from pytensor.compile.mode import optdb
 from pytensor.configdefaults import config
@@ -28,7 +30,7 @@ from pytensor.graph.rewriting.basic import (
     copy_stack_trace,
     node_rewriter,
 )
-from pytensor.graph.rewriting.db import LocalGroupDB, RewriteDatabase
+from pytensor.graph.rewriting.db import LocalGroupDB, RewriteDatabase, RewriteDatabaseQuery
 from pytensor.tensor.basic import atleast_Nd
 from pytensor.tensor.linalg.products import KroneckerProduct
 from pytensor.tensor.variable import TensorVariable
@@ -184,7 +186,16 @@ class BundleDB(RewriteDatabase):
         self.db = db
 
     def query(self, *tags, **kwtags):
-        """Return the walk with the selected rewrites."""
+        """Return the walk with the selected rewrites.
+
+        Up to which position a sequence of phases is wanted says nothing about the places of the
+        rewrites in the bundle.
+        """
+        match tags:
+            case (RewriteDatabaseQuery() as query,):
+                query = copy(query)
+                query.position_cutoff = inf
+                tags = (query,)
         return BundleWalk(self.db.query(*tags, **kwtags))
 
 

@@ -85,6 +85,15 @@ def test_every_rewrite_has_an_expression():
     assert names == set(EXPRESSIONS) | ELSEWHERE
 
 
+def test_a_cutoff_in_the_sequence_of_phases_leaves_the_bundle_whole():
+    # `explain` stops there. LocalGroupDB takes the cutoff for one of its own positions
+    query = PY.provided_optimizer.excluding()
+    query.position_cutoff = 1.6
+    fgraph = FunctionGraph([A, B, x], [K @ pt.linalg.solve(K, x)], clone=True)
+    optdb.query(query).rewrite(fgraph)
+    assert not has_kron(fgraph)
+
+
 @pytest.mark.parametrize("name", EXPRESSIONS)
 def test_turned_off_by_name_and_by_tag(name):
     rng = np.random.default_rng(13)
