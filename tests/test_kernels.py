@@ -108,7 +108,7 @@ def test_work_in_place_where_nothing_else_needs_the_grid():
     assert inplace == [False, True]
 
 
-@pytest.mark.parametrize("batched", ["chol", "grid"])
+@pytest.mark.parametrize("batched", [pytest.param("chol", marks=pytest.mark.nightly), "grid"])
 def test_batches_are_left_to_the_graph(batched):
     rng = np.random.default_rng(83)
     L = np.linalg.cholesky(random_spd(rng, 3, batch=(5,) if batched == "chol" else ()))

@@ -84,7 +84,7 @@ def assert_posteriors_agree(idata, reference):
     [
         pytest.param("KroneckerMvNormal", "pymc", marks=pytest.mark.nightly),
         pytest.param("KroneckerMvNormal", "nutpie", marks=pytest.mark.nightly),
-        ("KroneckerMvNormal", "numpyro"),
+        pytest.param("KroneckerMvNormal", "numpyro", marks=pytest.mark.nightly),
         ("MvNormal of kron", "nutpie"),
     ],
 )
@@ -352,6 +352,7 @@ def test_predictive_draws(name):
         assert np.isfinite(group["y"]).all()
 
 
+@pytest.mark.nightly
 def test_sampling_with_noise():
     with build_case("MvNormal with noise", pt.linalg.kron):
         idata = pm.sample(

@@ -8,8 +8,8 @@ from tests.helpers import run_python
 from tests.samplers import SAMPLERS, sample
 from tests.small_model import assert_exact, build, log_parameters
 
-# Others run in test_models.py, on a model without noise
-BY_DEFAULT = [("TensorNormal", "blackjax")]
+# nutpie runs in test_models.py, on a model without noise
+BY_DEFAULT = [("TensorNormal", "numpyro")]
 
 
 def assert_converged(idata):

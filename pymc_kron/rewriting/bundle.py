@@ -26,6 +26,7 @@ from pytensor.graph.rewriting.basic import (
     MergeOptimizer,
     NodeProcessingGraphRewriter,
     NodeRewriter,
+    SequentialNodeRewriter,
     WalkingGraphRewriter,
     copy_stack_trace,
     node_rewriter,
@@ -45,8 +46,20 @@ PHASES = ("canonicalize", "stabilize")
 # Before PyTensor replaces operations by what they are made of
 POSITION_AS_WRITTEN = -0.02
 
-kron_rewrites_db = LocalGroupDB()
-as_written_rewrites_db = LocalGroupDB()
+
+class Bundle(SequentialNodeRewriter):
+    """The first rewrite that does something with a node.
+
+    PyTensor asks for the name with each node that it adds to a graph. Made of the names of all
+    rewrites, it took 6% of the time that a gradient takes to rewrite.
+    """
+
+    def __str__(self):
+        return type(self).__name__
+
+
+kron_rewrites_db = LocalGroupDB(node_rewriter=Bundle)
+as_written_rewrites_db = LocalGroupDB(node_rewriter=Bundle)
 
 
 def tags_of(name: str, *tags: str) -> tuple[str, ...]:

@@ -996,7 +996,7 @@ def checked(family, number=None, **options):
 
 
 # 500, more of those that take less time
-EXAMPLES = {"products": 240, "solves": 130, "decompositions": 50, "noise": 40, "batches": 40}
+EXAMPLES = {"products": 300, "solves": 85, "decompositions": 45, "noise": 35, "batches": 35}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
