@@ -30,24 +30,12 @@ from pymc_kron.rewriting.sums import kron_sum_of
 from pymc_kron.structure import inverted_matrix, is_empty, split_scalars, strip_transposes
 
 
-@register_kron(blockwise_of(Solve | CholeskySolve | SolveTriangular), Dot, blockwise_of(Dot))
-def solve_of_kron_sum(fgraph, node):
-    """solve(M, b) -> P ((P' b) / Lambda), also cho_solve and inv(M) @ b"""
-    M, b, b_ndim, definite, scales = _system_solved_by(node)
-    if M is None or is_empty(b):
-        return None
-    kron_sum = kron_sum_of(fgraph, M)
-    if kron_sum is None:
-        return None
-    [old_out] = node.outputs
-    op = KronSumSolve(layout=kron_sum.layout, definite=definite)
-    solution = _solution(op, kron_sum, b.astype(old_out.type.dtype), b_ndim)
-    return [as_replacement(old_out, variadic_mul(*scales, solution))]
-
-
 @register_kron(blockwise_of(Solve | SolveTriangular))
 def whitened_norm_of_kron_sum(fgraph, node):
-    """x @ solve(M, x) and sum(solve_triangular(cholesky(M), x)**2) -> sum((P' x)^2 / Lambda)"""
+    """x @ solve(M, x) and sum(solve_triangular(cholesky(M), x)**2) -> sum((P' x)^2 / Lambda)
+
+    A rotation less than with the solution, which is why it comes before `solve_of_kron_sum`.
+    """
     match node.op.core_op:
         case Solve(assume_a=assume_a, b_ndim=1):
             M, form = node.inputs[0], quadratic_form_in(fgraph, node)
@@ -67,6 +55,21 @@ def whitened_norm_of_kron_sum(fgraph, node):
         return None
     op = KronSumQuadratic(layout=kron_sum.layout, definite=definite)
     return form.replaced_by(op(*kron_sum.inputs, x.astype(form.out.type.dtype)))
+
+
+@register_kron(blockwise_of(Solve | CholeskySolve | SolveTriangular), Dot, blockwise_of(Dot))
+def solve_of_kron_sum(fgraph, node):
+    """solve(M, b) -> P ((P' b) / Lambda), also cho_solve and inv(M) @ b"""
+    M, b, b_ndim, definite, scales = _system_solved_by(node)
+    if M is None or is_empty(b):
+        return None
+    kron_sum = kron_sum_of(fgraph, M)
+    if kron_sum is None:
+        return None
+    [old_out] = node.outputs
+    op = KronSumSolve(layout=kron_sum.layout, definite=definite)
+    solution = _solution(op, kron_sum, b.astype(old_out.type.dtype), b_ndim)
+    return [as_replacement(old_out, variadic_mul(*scales, solution))]
 
 
 @register_kron(blockwise_of(Det))

@@ -257,6 +257,27 @@ def test_uses_of_a_product_with_noise(use):
     assert largest_size_in(function, *values) < N * N
 
 
+FORMS = {
+    "solve": lambda M, x: x @ solve_pos(M, x),
+    "in a log-density": lambda M, x: -((x * solve_pos(M, x)).sum() + pt.linalg.slogdet(M)[1]) / 2,
+    "whitened": lambda M, x: (
+        pt.linalg.solve_triangular(pt.linalg.cholesky(M), x, lower=True) ** 2
+    ).sum(),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_quadratic_forms_are_rotated_once(form):
+    variables, x = symbols(), pt.dvector("x")
+    M = WITH_NOISE["eye(int)"](pt.linalg.kron, *variables)
+    with listening() as entries:
+        compile_py([*variables, x], FORMS[form](M, x))
+    # And not back, as a solution is
+    fired = {entry.rewrite for entry in entries if entry.refusal is None}
+    assert "whitened_norm_of_kron_sum" in fired
+    assert "solve_of_kron_sum" not in fired
+
+
 @pytest.mark.parametrize("name", SUMS)
 def test_sums(name):
     build = SUMS[name]
