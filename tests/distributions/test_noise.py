@@ -266,7 +266,9 @@ def test_sampling_and_predictive_sampling():
     assert np.isfinite(idata.posterior["s"]).all()
 
 
+@pytest.mark.nightly
 def test_hessian():
+    # Of the closed form, `test_closed_forms.py` has the second derivatives
     y = np.random.default_rng(1).normal(size=12)
     kronecker, dense = (model(kind, observed=y) for kind in ("sigma", "dense"))
     point = kronecker.initial_point()
