@@ -34,7 +34,7 @@ from pymc_kron.closed_form import ClosedFormOp, summed_to
 from pymc_kron.kernels import Multiply, finite_eigh
 from pymc_kron.linalg import apply_to_vectors, copies_of, factors_batch_ndim, kron_of_vectors
 from pymc_kron.roots import CholeskyRoot
-from pymc_kron.structure import Matrices, column_sizes
+from pymc_kron.structure import Matrices, column_sizes, with_square_shape
 from pymc_kron.terms import LowRank, Product, Term, contract, inner
 
 
@@ -276,17 +276,8 @@ class Axis:
         return AxisBasis(values, root.unwhiten(vectors), root.logdet)
 
     def _with_known_sizes(self, matrix: TensorVariable) -> TensorVariable:
-        """Show the sizes of a matrix of this axis that another one shows.
-
-        PyTensor infers that an axis is of size one where the type doesn't show it, and may take
-        it for one that isn't broadcast.
-        """
         matrices = [self.signal] if self.metric is None else [self.signal, self.metric]
-        known = {size for known in matrices for size in known.type.shape[-2:]} - {None}
-        if len(known) != 1 or None not in matrix.type.shape[-2:]:
-            return matrix
-        [size] = known
-        return pt.specify_shape(matrix, (*matrix.type.shape[:-2], size, size))
+        return with_square_shape(matrix, *matrices)
 
 
 @dataclass(frozen=True)

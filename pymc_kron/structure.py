@@ -274,6 +274,19 @@ def is_provably_not_square(factor: TensorVariable) -> bool:
     return rows is not None and columns is not None and rows != columns
 
 
+def with_square_shape(matrix: TensorVariable, *likes: TensorVariable) -> TensorVariable:
+    """Show the size of a square matrix that its own type shows, or that of one of the same size.
+
+    PyTensor infers that an axis is of size one where the type doesn't show it, and may take it
+    for one that isn't broadcast.
+    """
+    known = {size for known in (matrix, *likes) for size in known.type.shape[-2:]} - {None}
+    if len(known) != 1 or None not in matrix.type.shape[-2:]:
+        return matrix
+    [size] = known
+    return pt.specify_shape(matrix, (*matrix.type.shape[:-2], size, size))
+
+
 def is_positive_definite(fgraph: FunctionGraph, factor: TensorVariable) -> bool:
     """Whether PyTensor's assumptions prove the factor symmetric positive definite."""
     return check_assumption(fgraph, factor, POSITIVE_DEFINITE)

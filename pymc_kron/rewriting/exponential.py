@@ -11,7 +11,7 @@ from pytensor.tensor.variable import TensorVariable
 from pymc_kron.linalg import kron
 from pymc_kron.rewriting.bundle import as_replacement, register_kron
 from pymc_kron.rewriting.sums import part_of_sum, read_sum, scalar_product
-from pymc_kron.structure import Refusal, is_identity, kron_factors
+from pymc_kron.structure import Refusal, is_identity, kron_factors, with_square_shape
 from pymc_kron.terms import require_agreement, terms_of
 
 
@@ -45,9 +45,12 @@ def expm_of_kron_sum(fgraph, node):
         [axis] = axes
         term = scale[..., None, None] * factors[axis].astype(dtype)
         exponents[axis] = exponents[axis] + term if axis in exponents else term
-    exponentials = [
-        pt.linalg.expm(exponents[axis]) if axis in exponents else like.astype(dtype)
-        for axis, like in enumerate(products[0])
-    ]
+    exponentials = []
+    for axis, likes in enumerate(zip(*products, strict=True)):
+        if axis in exponents:
+            exponential = pt.linalg.expm(with_square_shape(exponents[axis], *likes))
+        else:
+            exponential = likes[0].astype(dtype)
+        exponentials.append(exponential)
     new_out = pt.exp(constant)[..., None, None] * kron(*exponentials)
     return [as_replacement(old_out, new_out)]

@@ -34,8 +34,9 @@ from tests.helpers import AS_WRITTEN, PY, has_kron
 # M[[-5], [0]], with an index from the end, PyTensor takes for a diagonal that doesn't exist. Of a
 # batch of identity matrices, it can't say whether they select, which raises an error. Where it
 # reorders a chain of products, it looks for a product that it has replaced already, and doesn't
-# find it.
+# find it. Of the LU decomposition of a batch of diagonal matrices, it makes one without a batch.
 FAILING = (
+    "lu_of_diag",
     "local_adv_idx_to_diagonal",
     "extract_diag_lift_pass",
     "selection_dot_to_indexing",
@@ -1031,6 +1032,15 @@ def _chol_logdet_of_kron(batch, other_batch):
     return Node("chol logdet", (_kron(A, B),))
 
 
+_SCALAR = Leaf("scalar", (), (), "float64", "all", 0)
+
+
+def _over_axes(*sizes):
+    A, B = (Leaf("general", (), (n, n), "float64", "all but the last", 0) for n in sizes)
+    I_A, I_B = (Node("eye", (factor,), (False, "float64")) for factor in (A, B))
+    return Node("add", (_kron(A, I_B), _kron(I_A, B)))
+
+
 FOUND = {
     "rewritten without an end": Node(
         "sum along", (Node("pinv", (Node("kron", (_unknown(4, 4), _unknown(4, 2))),)),), (-1,)
@@ -1103,6 +1113,10 @@ FOUND = {
             Leaf("data", (), (6,), "float64", "all", 0),
         ),
         ("pos", 1),
+    ),
+    "the exponential of a number whose type is a row": Node(
+        "sum of entries",
+        (Node("expm", (Node("transpose", (Node("over", (_over_axes(5, 1), _SCALAR)),)),)),),
     ),
     "gradients in diagonals of a batch": _chol_logdet_of_kron((2,), (2,)),
     "one gradient for each entry of a batch": _chol_logdet_of_kron((), (2,)),
