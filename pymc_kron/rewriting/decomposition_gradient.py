@@ -281,7 +281,12 @@ def _without_mask(var: TensorVariable, triangle: Callable) -> TensorVariable:
     match var.owner_op_and_inputs:
         case (Elemwise(scalar_op=Add() | Sub() | Neg()) as op, *parts):
             return op(*(_without_mask(part, triangle) for part in parts))
-        case (DimShuffle(new_order=(1, 2)) | Sum(axis=(0,)) as op, part) if part.type.ndim == 3:
+        case (Sum(axis=tuple(axes)) as op, part) if max(axes, default=0) < part.type.ndim - 2:
+            return op(_without_mask(part, triangle))
+        case (DimShuffle(new_order=(*_, int(i), int(j))) as op, part) if [i, j] == [
+            part.type.ndim - 2,
+            part.type.ndim - 1,
+        ]:
             return op(_without_mask(part, triangle))
         case (Elemwise(scalar_op=Mul()), *parts):
             for part in parts:

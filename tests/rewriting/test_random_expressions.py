@@ -1120,6 +1120,13 @@ FOUND = {
     ),
     "gradients in diagonals of a batch": _chol_logdet_of_kron((2,), (2,)),
     "one gradient for each entry of a batch": _chol_logdet_of_kron((), (2,)),
+    "vectors with a batch dimension more than the product": Node(
+        "whitened norm",
+        (
+            _kron(_spd(3, 3, batch=(2,)), _spd(2, 2, batch=(2,))),
+            Leaf("data", (3, 2), (6,), "float64", "all", 0),
+        ),
+    ),
     "vectors of two batches that broadcast": Node(
         "bilinear of solve",
         (
