@@ -7,7 +7,7 @@ the ones in A and B. To find ``C``, PyTensor is asked for the gradient again, at
 stands for ``C``, and what it writes is compared with the graph at hand.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import chain, product
 
@@ -45,6 +45,7 @@ from pymc_kron.rewriting.qr import qr_of_kron
 from pymc_kron.rewriting.svd import svd_of_kron
 from pymc_kron.structure import (
     Matrices,
+    Refusal,
     is_positive_definite,
     is_symmetric,
     kron_factors,
@@ -85,6 +86,13 @@ def pullback_of_kron_decomposition(fgraph, node):
             if cotangents is None:
                 continue
             used = [i for i, out in enumerate(node.outputs) if fgraph.clients[out]]
+            is_shared = any(_is_shared_by_batch(factors[i], node.outputs[i]) for i in used)
+            if is_shared and not _is_unique(user.op.core_op, cotangents):
+                raise Refusal(
+                    "a batch shares a factor, and the signs of its decomposition are a convention",
+                    "give each factor the batch dimensions of the product: "
+                    "pt.broadcast_to(A, (n, *A.shape))",
+                )
             # A factor may be a product itself, be equal to the other one, or have a part in others,
             # and a batch that shares it has a gradient for each entry
             stand_ins = {i: _stand_in(fgraph, factors[i], node.outputs[i].type) for i in used}
@@ -239,11 +247,31 @@ def _factorwise_gradients(
     )
 
 
+def _is_unique(op: Op, numbers: Iterable[int]) -> bool:
+    """Whether those outputs of a decomposition with these numbers don't depend on a convention.
+
+    PyTensor decomposes a diagonal matrix, one of a single entry also, without LAPACK and with other
+    signs, and may see that of a factor and not of a batch of copies of it.
+    """
+    match op:
+        case QR():
+            return False
+        case Eigh():
+            return 1 not in numbers
+        case SVD(compute_uv=True):
+            return {0, 2}.isdisjoint(numbers)
+    return True
+
+
+def _is_shared_by_batch(factor: TensorVariable, gradient: TensorVariable) -> bool:
+    return factor.type.broadcastable != gradient.type.broadcastable
+
+
 def _broadcast_over_batch(
     factor: TensorVariable, gradient: TensorVariable, K: TensorVariable
 ) -> TensorVariable:
     """Return a factor with the batch dimensions of the gradient in it, those of the product."""
-    if factor.type.broadcastable == gradient.type.broadcastable:
+    if not _is_shared_by_batch(factor, gradient):
         return factor
     return pt.broadcast_to(factor, (*tuple(K.shape)[:-2], *tuple(factor.shape)[-2:]))
 

@@ -13,7 +13,7 @@ of the product. What has to agree is the gradient along changes that keep the ma
 
 import math
 import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial, reduce
 from operator import add, matmul, mul, neg, sub, truediv
 
@@ -1120,6 +1120,14 @@ FOUND = {
     ),
     "gradients in diagonals of a batch": _chol_logdet_of_kron((2,), (2,)),
     "one gradient for each entry of a batch": _chol_logdet_of_kron((), (2,)),
+    "the signs of a factor that a batch shares": Node(
+        "qr",
+        (
+            Node("negative", (_kron(_known(1, 1), replace(_known(2, 1), batch=(2,))),)),
+            Leaf("data", (2,), (2,), "float64", "all", 4),
+            Leaf("data", (2,), (2,), "float64", "all", 5),
+        ),
+    ),
     "vectors with a batch dimension more than the product": Node(
         "whitened norm",
         (
