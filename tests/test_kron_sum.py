@@ -10,7 +10,6 @@ from pytensor.tensor.linalg.decomposition.eigen import Eigh
 
 from pymc_kron.kron_sum import KronSum, KronSumQuadratic, KronSumSLogDet, KronSumSolve, Layout
 from tests.helpers import (
-    PY,
     WITHOUT_KRON,
     compile_py,
     count_ops,
@@ -145,7 +144,6 @@ def test_values_and_pullbacks(name):
     for outputs in (outputs_of(kron_sum, x, y), dense_outputs(M, x, y)):
         total = sum(w * out for w, out in zip(weights, outputs, strict=True))
         gradients = pt.grad(total, inputs, disconnected_inputs="ignore")
-        # Fused, more operands than Python allows
         function = compile_py(inputs, [*outputs, *gradients])
         results.append(function(*values, *vectors))
     for result, expected in zip(*results, strict=True):
@@ -256,9 +254,7 @@ def test_second_derivatives_of_the_quadratic_form(name):
         for gradient, direction in zip(pt.grad(form, inputs), directions, strict=True)
     )
     slope_function = compile_py(inputs, slope)
-    # Most of the work of these tests would be to rewrite what runs once
-    mode = PY
-    second = compile_py(inputs, pt.grad(slope, inputs), mode=mode)(*values)
+    second = compile_py(inputs, pt.grad(slope, inputs))(*values)
     for i, (result, value) in enumerate(zip(second, values, strict=True)):
 
         def slope_at(array, i=i):

@@ -269,6 +269,25 @@ def last_refusal(function, name):
     return str(refusals[-1])
 
 
+@pytest.mark.parametrize("decomposition", ["qr", "eigh", "svd"])
+def test_signs_of_a_factor_that_a_batch_shares(decomposition):
+    rng = np.random.default_rng(9)
+    a, b, x = random_spd(rng, 2), random_spd(rng, 3, batch=(4,)), rng.normal(size=(4, 6))
+    A, B = pt.tensor("A", shape=a.shape), pt.tensor("B", shape=b.shape)
+    operation = {
+        "qr": lambda K: pt.linalg.qr(K)[0],
+        "eigh": lambda K: pt.linalg.eigh(K)[1],
+        "svd": lambda K: pt.linalg.svd(K, full_matrices=False)[0],
+    }[decomposition]
+    kron = pt.vectorize(pt.linalg.kron, "(i,j),(k,l)->(m,n)")
+    gradient = pt.grad((pt.vecmat(x, operation(kron(A, B))) ** 3).sum(), [A, B])
+    function = compile_py([A, B], gradient)
+    assert has_kron(function.maker.fgraph)
+    refusal = last_refusal(function, "pullback_of_kron_decomposition")
+    assert refusal.startswith("a batch shares a factor, and the signs of its decomposition are a ")
+    assert "pt.broadcast_to(A, (n, *A.shape))" in refusal
+
+
 def test_factors_of_unknown_size_are_the_reason():
     A, B = pt.dmatrix("A"), pt.dmatrix("B")
     gradient = pt.grad(pt.linalg.eigvalsh(pt.linalg.kron(A, B)).max(), [A, B])
