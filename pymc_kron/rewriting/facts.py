@@ -1,10 +1,12 @@
 """What a rewrite may take for granted about the factors of a positive definite product."""
 
 from collections.abc import Iterator
+from weakref import WeakSet
 
 import numpy as np
 from pytensor import tensor as pt
 from pytensor.graph.basic import Apply
+from pytensor.graph.features import AlreadyThere, Feature
 from pytensor.graph.fg import FunctionGraph
 from pytensor.tensor.elemwise import DimShuffle
 from pytensor.tensor.linalg.decomposition.cholesky import Cholesky
@@ -108,33 +110,77 @@ def root_of(fgraph: FunctionGraph, factor: TensorVariable) -> Root:
     return CholeskyRoot(pt.linalg.cholesky(factor))
 
 
+class Promises(Feature):
+    """Which matrices calls in a graph promise to be symmetric, or did before they were rewritten.
+
+    Not a tag of the variables: PyMC rewrites graphs that are the user's own, and what a call in one
+    program promises isn't to hold for another one.
+    """
+
+    def __init__(self):
+        self.symmetric: WeakSet[TensorVariable] = WeakSet()
+
+    def on_attach(self, fgraph: FunctionGraph) -> None:
+        """Make the promises an attribute of the graph."""
+        if hasattr(fgraph, "kron_promises"):
+            raise AlreadyThere
+        fgraph.kron_promises = self  # type: ignore[attr-defined]
+
+    def on_detach(self, fgraph: FunctionGraph) -> None:
+        """Take the attribute away."""
+        del fgraph.kron_promises  # type: ignore[attr-defined]
+
+    def clone(self) -> "Promises":
+        """Return what holds for a copy of the graph, whose variables are others."""
+        return Promises()
+
+    def __reduce__(self):
+        """Leave out the references when pickled, which can't be, as in a copy of the graph."""
+        return Promises, ()
+
+
 def is_promised_symmetric(fgraph: FunctionGraph, var: TensorVariable) -> bool:
     """Whether a matrix is known to be symmetric, or a call in the graph promises that it is.
 
     A solve with ``assume_a="pos"``, a Cholesky factor or symmetric eigenvalues of the same matrix,
-    or a normal distribution with that covariance, promise it for every other use. The promise is
-    kept as PyTensor's ``tag.symmetric``, since the call that made it may be rewritten first.
+    or a normal distribution with that covariance, promise it for every other use. A promise is
+    kept in mind, since the call that made it may be rewritten first.
     """
     core, _ = strip_transposes(var)
-    if is_symmetric(fgraph, core) or getattr(core.tag, "symmetric", False):
-        return True
-    core.tag.symmetric = any(_promises_symmetry(client) for client in clients_of(fgraph, core))
-    return core.tag.symmetric
+    fgraph.attach_feature(Promises())
+    symmetric = fgraph.kron_promises.symmetric  # type: ignore[attr-defined]
+    if core not in symmetric and (
+        is_symmetric(fgraph, core)
+        or any(_promises_symmetry(client, i) for client, i in clients_of(fgraph, core))
+    ):
+        symmetric.add(core)
+    return core in symmetric
 
 
-def clients_of(fgraph: FunctionGraph, var: TensorVariable) -> Iterator[Apply]:
-    """Yield the nodes that use a variable, itself or transposed and with axes added."""
-    for client, _ in fgraph.clients.get(var, ()):
+def clients_of(fgraph: FunctionGraph, var: TensorVariable) -> Iterator[tuple[Apply, int]]:
+    """Yield the nodes that use a variable, itself or transposed and with axes added.
+
+    And which of their inputs it is.
+    """
+    for client, i in fgraph.clients.get(var, ()):
         if isinstance(client.op, DimShuffle):
             yield from clients_of(fgraph, client.outputs[0])
         else:
-            yield client
+            yield client, i
 
 
-def _promises_symmetry(node) -> bool:
+def _promises_symmetry(node: Apply, i: int) -> bool:
+    """Whether a node promises that its i-th input is symmetric.
+
+    It is the covariance of a normal distribution, not the mean, and the matrix of a solve, not the
+    right-hand side.
+    """
     match getattr(node.op, "core_op", node.op):
-        case (
-            Solve(assume_a="pos" | "sym" | "her") | Cholesky() | Eigh() | Eigvalsh() | MvNormalRV()
-        ):
+        case MvNormalRV() as op:
+            _, covariance = op.dist_params(node)
+            return node.inputs[i] is covariance
+        case Solve(assume_a="pos" | "sym" | "her"):
+            return i == 0
+        case Cholesky() | Eigh() | Eigvalsh():
             return True
     return False

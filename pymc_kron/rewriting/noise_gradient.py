@@ -43,6 +43,9 @@ type Gradient = Callable[[TensorVariable], TensorVariable]
 def pullback_of_kron_sum_cholesky(fgraph, node):
     """pullback through chol(M) of |inv(L) x|^2, sum log diag L -> -alpha alpha', inv(M) / 2"""
     [M] = node.inputs
+    if M.type.numpy_dtype.kind == "c":
+        # PyTensor has no gradients of complex variables
+        return None
     L_bar = node.out.type()
     [pattern] = pullback([node.out], [M], [L_bar])
     found = {}
@@ -95,7 +98,7 @@ def _gradients(
     And the gradient in the sum as a function of the one in that.
     """
     [M] = node.inputs
-    for client in clients_of(fgraph, node.out):
+    for client, _ in clients_of(fgraph, node.out):
         match client.op:
             case Blockwise(core_op=SolveTriangular(b_ndim=1, lower=True)) if (
                 factorized_by(client.inputs[0], lower=True) is M
@@ -107,9 +110,9 @@ def _gradients(
             ):
                 yield client.out, partial(_of_solution, kron_sum, client.inputs[1])
             case ExtractDiag(offset=0):
-                for logs in clients_of(fgraph, client.out):
+                for logs, _ in clients_of(fgraph, client.out):
                     if isinstance(getattr(logs.op, "scalar_op", None), Log):
-                        for reduction in clients_of(fgraph, logs.out):
+                        for reduction, _ in clients_of(fgraph, logs.out):
                             if isinstance(reduction.op, Sum) and all(
                                 reduction.out.type.broadcastable
                             ):

@@ -1,3 +1,4 @@
+import pickle
 from functools import partial
 
 import numpy as np
@@ -774,6 +775,50 @@ def test_the_promise_of_one_use_holds_for_the_others():
     function = compile_py(variables, known)
     assert not has_kron(function.maker.fgraph)
     assert_allclose(function(*arrays), np_logdet(M, None), rtol=1e-10)
+
+
+@pytest.mark.parametrize("use", ["right-hand side", "matrix to factorise", "mean"])
+def test_a_call_promises_nothing_of_its_other_arguments(use):
+    # A transition matrix, which is not symmetric, and the covariance of what is added
+    rng = np.random.default_rng(4)
+    arrays = [rng.normal(size=(3, 3)) / 9, rng.normal(size=(5, 5)), random_spd(rng, N)]
+    A, B, C = inputs = [
+        pt.matrix(letter, shape=(n, n)) for letter, n in zip("ABC", (3, 5, N), strict=True)
+    ]
+    F = pt.linalg.kron(A, B) + pt.eye(N)
+    match use:
+        case "right-hand side":
+            other = F.T @ pt.linalg.solve(C, F, assume_a="pos")
+        case "matrix to factorise":
+            other = pt.linalg.cho_solve((pt.linalg.cholesky(C), True), F)
+        case "mean":
+            rng_var = pt.random.shared_rng(rng)
+            _, other = pt.random.multivariate_normal(F, C, rng=rng_var, return_next_rng=True)
+    function = compile_py(inputs, [pt.linalg.slogdet(F)[1], other])
+    f, c = np.kron(*arrays[:2]) + np.eye(N), arrays[2]
+    logdet, result = function(*arrays)
+    assert_allclose(logdet, np.linalg.slogdet(f)[1], rtol=1e-10)
+    if use != "mean":
+        expected = np.linalg.solve(c, f)
+        assert_allclose(result, f.T @ expected if use == "right-hand side" else expected)
+
+
+def test_a_promise_holds_for_its_own_graph_only():
+    rng = np.random.default_rng(4)
+    arrays = [rng.normal(size=(3, 3)) / 9, rng.normal(size=(5, 5))]
+    A, B, x = pt.dmatrix("A"), pt.dmatrix("B"), pt.dvector("x")
+    M = pt.linalg.kron(A, B) + pt.eye(N)
+    # PyMC does this to the variables themselves
+    rewrite_pregrad([solve_pos(M, x)])
+    function = compile_py([A, B], pt.linalg.slogdet(M)[1])
+    assert_allclose(function(*arrays), np.linalg.slogdet(np.kron(*arrays) + np.eye(N))[1])
+
+
+def test_promises_are_pickled_with_a_graph():
+    A, B, x = pt.dmatrix("A"), pt.dmatrix("B"), pt.dvector("x")
+    M = pt.linalg.kron(A, B) + pt.eye(N)
+    fgraph = compile_py([A, B, x], [solve_pos(M, x), pt.linalg.slogdet(M)[1]]).maker.fgraph
+    assert not has_kron(pickle.loads(pickle.dumps(fgraph)))
 
 
 def test_value_and_gradient_share_their_decompositions():
