@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
+import numpy as np
 from pytensor.assumptions.specify import SpecifyAssumptions
 from pytensor.graph.basic import Constant, Variable
 from pytensor.graph.op import Op
@@ -25,10 +26,11 @@ from pytensor.tensor.basic import (
 )
 from pytensor.tensor.blockwise import Blockwise
 from pytensor.tensor.elemwise import DimShuffle, Elemwise
+from pytensor.tensor.exceptions import NotScalarConstantError
 from pytensor.tensor.linalg.products import KroneckerProduct
 from pytensor.tensor.math import Dot
 from pytensor.tensor.shape import Reshape, Shape, Shape_i, SpecifyShape
-from pytensor.tensor.subtensor import Subtensor
+from pytensor.tensor.subtensor import Subtensor, as_index_literal
 from pytensor.tensor.utils import _parse_gufunc_signature
 from pytensor.tensor.variable import TensorVariable
 
@@ -250,3 +252,15 @@ def axis_size(var: TensorVariable, axis: int) -> SizeProduct:
 def is_provably_square(var: TensorVariable) -> bool:
     """Whether the last two axes of an array are known to have the same size."""
     return Sizes(var).is_square(var)
+
+
+def few_indices(taken: slice, size: int | None) -> np.ndarray | None:
+    """Return the indices that a slice takes, if these are known to be at most half of all."""
+    try:
+        literal = as_index_literal(taken)
+    except NotScalarConstantError:
+        return None
+    if not isinstance(size, int):
+        return None
+    indices = np.arange(size)[literal]
+    return indices if 2 * len(indices) <= size else None

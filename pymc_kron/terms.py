@@ -39,13 +39,14 @@ from pymc_kron.linalg import (
     kron_matmul,
     kron_of_vectors,
 )
-from pymc_kron.sizes import Sizes
+from pymc_kron.sizes import Sizes, few_indices
 from pymc_kron.structure import (
     Matrices,
     Refusal,
     Size,
     column_sizes,
     eye_sizes,
+    is_narrow_integer,
     is_scalar,
     kron_factors,
     reciprocal,
@@ -144,9 +145,11 @@ def terms_of(var: TensorVariable, sizes: Sizes | None = None) -> Terms | None:
 
 
 def _terms_of_core(var: TensorVariable, sizes: Sizes) -> Terms | None:
+    if var.type.numpy_dtype.kind == "u":
+        return None
     factors = kron_factors(var)
     if factors is not None:
-        return (_multiple_of_product(factors),)
+        return None if is_narrow_integer(var) else (_multiple_of_product(factors),)
     if eye_sizes(var) is not None:
         return (Product(),) if sizes.is_square(var) else None
     if isinstance(var, Constant):
@@ -401,24 +404,47 @@ def _terms_of_entries(
     indices: Sequence[Variable],
     sizes: Sizes,
 ) -> Terms | None:
-    """Return the terms of zeros with some of the entries set, the gradient of an indexing."""
-    if zeros.type.ndim != 2:
-        return None
-    match indices_from_subtensor(indices, op.idx_list):
-        case (row,) if not isinstance(row, slice):
-            return (LowRank(_unit_vector(row, zeros, 0), _column(value, zeros, 1)),)
-        case (row, slice(start=None, stop=None, step=None)) if not isinstance(row, slice):
-            return (LowRank(_unit_vector(row, zeros, 0), _column(value, zeros, 1)),)
-        case (slice(start=None, stop=None, step=None), column) if not isinstance(column, slice):
-            return (LowRank(_column(value, zeros, 0), _unit_vector(column, zeros, 1)),)
-        case (row, column) if not (isinstance(row, slice) or isinstance(column, slice)):
-            left, right = _unit_vector(row, zeros, 0), _unit_vector(column, zeros, 1)
-            return _scaled((LowRank(left, right),), value)
-        case (slice(step=None) as rows, slice(step=None) as columns):
-            match value.owner_op_and_inputs:
-                case (AllocDiag(offset=0), diagonal):
-                    return _terms_of_shifted_diagonal(diagonal, rows, columns, zeros, sizes)
+    """Return the terms of zeros with some of the entries set, the gradient of an indexing.
+
+    Of a row, a column, an entry, or a block with few rows or columns: of each matrix of a batch, or
+    of some.
+    """
+    whole = slice(None, None, None)
+    taken = [*indices_from_subtensor(indices, op.idx_list)]
+    taken += [whole] * (zeros.type.ndim - len(taken))
+    batch, (row, column) = taken[:-2], taken[-2:]
+    shape = tuple(zeros.shape)
+    batch_shape, (n_rows, n_columns) = shape[:-2], shape[-2:]
+    if not isinstance(row, slice):
+        right = _set_in_zeros(value, (*batch_shape, n_columns), (*batch, column))
+        return (LowRank(_unit_vector(row, n_rows, zeros), right[..., None]),)
+    if not isinstance(column, slice):
+        left = _set_in_zeros(value, (*batch_shape, n_rows), (*batch, row))
+        return (LowRank(left[..., None], _unit_vector(column, n_columns, zeros)),)
+    match value.owner_op_and_inputs:
+        case (AllocDiag(offset=0), diagonal) if (
+            zeros.type.ndim == 2 and row.step is None and column.step is None
+        ):
+            return _terms_of_shifted_diagonal(diagonal, row, column, zeros, sizes)
+    few_rows, few_columns = map(few_indices, (row, column), zeros.type.shape[-2:])
+    if few_rows is not None:
+        rank = len(few_rows)
+        units = _set_in_zeros(pt.eye(rank, dtype=zeros.type.dtype), (n_rows, rank), (row,))
+        right = _set_in_zeros(value, (*batch_shape, rank, n_columns), (*batch, whole, column))
+        return (LowRank(units, right.mT),)
+    if few_columns is not None:
+        rank = len(few_columns)
+        units = _set_in_zeros(pt.eye(rank, dtype=zeros.type.dtype), (n_columns, rank), (column,))
+        left = _set_in_zeros(value, (*batch_shape, n_rows, rank), (*batch, row, whole))
+        return (LowRank(left, units),)
     return None
+
+
+def _set_in_zeros(
+    value: TensorVariable, shape: Sequence[Size], taken: Sequence[Variable | slice]
+) -> TensorVariable:
+    """Return zeros with some entries set, to a value that may be one number for all of them."""
+    return pt.zeros(shape, dtype=value.type.dtype)[tuple(taken)].set(value)
 
 
 def _terms_of_reordered(
@@ -505,16 +531,9 @@ def _terms_of_batch_sum(terms: Terms | None, ndim: int, axes: tuple[int, ...]) -
     return None if terms is None else summed
 
 
-def _column(value: TensorVariable, zeros: TensorVariable, axis: int) -> TensorVariable:
-    """Return what a row or a column is set to, which may be one number for all, as a column."""
-    if all(value.type.broadcastable):
-        value = pt.broadcast_to(value, (zeros.shape[axis],))
-    return value[:, None]
-
-
-def _unit_vector(index: Variable, zeros: TensorVariable, axis: int) -> TensorVariable:
-    one = pt.zeros((zeros.shape[axis], 1), dtype=zeros.type.dtype)
-    return one[index].set(1)
+def _unit_vector(index: Variable, size: Size, zeros: TensorVariable) -> TensorVariable:
+    """Return a column with a one."""
+    return pt.zeros((size, 1), dtype=zeros.type.dtype)[index].set(1)
 
 
 def _terms_of_batched_diagonal(var: TensorVariable, sizes: Sizes) -> Terms | None:

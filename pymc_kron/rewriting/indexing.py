@@ -7,19 +7,18 @@ from pytensor import tensor as pt
 from pytensor.graph.basic import Constant
 from pytensor.scalar.basic import ScalarVariable
 from pytensor.tensor.basic import ExtractDiag, atleast_Nd
-from pytensor.tensor.exceptions import NotScalarConstantError
 from pytensor.tensor.math import variadic_mul
 from pytensor.tensor.sort import ArgSortOp
 from pytensor.tensor.subtensor import (
     AdvancedSubtensor,
     Subtensor,
-    as_index_literal,
     indices_from_subtensor,
 )
 
 from pymc_kron.linalg import kron_of_vectors
 from pymc_kron.rewriting.bundle import as_replacement, register_kron
 from pymc_kron.rewriting.facts import are_square
+from pymc_kron.sizes import few_indices
 from pymc_kron.structure import Refusal, column_sizes, kron_factors, row_sizes
 
 
@@ -103,8 +102,8 @@ def _as_index(index):
 def _selected(factors, row, column):
     """Return what the indices of the last two axes select."""
     if isinstance(row, slice) and isinstance(column, slice):
-        few_rows = _few_indices(row, prod(row_sizes(factors)))
-        few_columns = _few_indices(column, prod(column_sizes(factors)))
+        few_rows = few_indices(row, prod(row_sizes(factors)))
+        few_columns = few_indices(column, prod(column_sizes(factors)))
         if few_rows is not None:
             row = few_rows
         elif few_columns is not None:
@@ -122,18 +121,6 @@ def _selected(factors, row, column):
     index_ndim = getattr(column, "ndim", 0)
     columns = pt.moveaxis(columns, -1, -1 - index_ndim)
     return columns[(..., row, *[slice(None)] * index_ndim)]
-
-
-def _few_indices(taken, size):
-    """Return the indices that a slice takes, if these are known to be at most half of all."""
-    try:
-        literal = as_index_literal(taken)
-    except NotScalarConstantError:
-        return None
-    if not isinstance(size, int):
-        return None
-    indices = np.arange(size)[literal]
-    return indices if 2 * len(indices) <= size else None
 
 
 def _entries(factors, rows, columns):

@@ -1,5 +1,6 @@
 """Gradients that are taken before the rewrites, as ``pt.grad`` of what the user wrote."""
 
+import itertools
 from math import prod
 from types import SimpleNamespace
 
@@ -286,6 +287,54 @@ BATCHES = [
     ids=str,
 )
 def test_batches_of_factors(name, factor_shapes, x_shape):
+    def loss_of(K, x):
+        match name:
+            case "K x":
+                result = (K @ x[..., None])[..., 0]
+            case "K X":
+                result = K @ pt.stack([x, x**2], axis=-1)
+            case _:
+                assume_a = "pos" if "pos" in name else "gen"
+                result = solve(K, x, assume_a=assume_a, b_ndim=1)
+        return (result**2).sum()
+
+    check_batch(loss_of, factor_shapes, x_shape)
+
+
+SELECTIONS = {
+    "row": np.s_[..., 1, :],
+    "column": np.s_[..., -2],
+    "entry": np.s_[..., 2, 1],
+    "part of a row": np.s_[..., 1, 2:5],
+    "part of a column": np.s_[..., ::-2, 3],
+    "rows": np.s_[..., 1:4, :],
+    "columns": np.s_[..., ::3],
+    "block": np.s_[..., 2:4, 1:],
+    "columns of a block": np.s_[..., 1:, -2:],
+}
+SELECTIONS_OF_BATCHES = {
+    "row of one matrix": np.s_[1, 2],
+    "column of some": np.s_[::2, :, 2],
+    "entry of one": np.s_[3, 1, -2],
+    "block of one": np.s_[3, 1:3, 2:],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "factor_shapes"),
+    [
+        *itertools.product(SELECTIONS, [((3, 3), (2, 2)), BATCHES[1][0], BATCHES[4][0]]),
+        *itertools.product(SELECTIONS_OF_BATCHES, [BATCHES[0][0], BATCHES[3][0]]),
+    ],
+    ids=str,
+)
+def test_selections(name, factor_shapes):
+    index = (SELECTIONS | SELECTIONS_OF_BATCHES)[name]
+    shape = dense_kron(*map(np.empty, factor_shapes))[index].shape
+    check_batch(lambda K, x: (pt.sin(K[index]) * x).sum(), factor_shapes, shape)
+
+
+def check_batch(loss_of, factor_shapes, x_shape):
     rng = np.random.default_rng(5)
     arrays = [
         random_spd(rng, shape[-1], batch=shape[:-2])
@@ -298,32 +347,18 @@ def test_batches_of_factors(name, factor_shapes, x_shape):
         pt.tensor(letter, shape=array.shape)
         for letter, array in zip("ABx", (*arrays, x), strict=True)
     ]
-
-    def loss_of(kron):
-        K = pt.vectorize(kron, "(i,j),(k,l)->(m,n)")(A, B)
-        match name:
-            case "K x":
-                result = (K @ x_var[..., None])[..., 0]
-            case "K X":
-                result = K @ pt.stack([x_var, x_var**2], axis=-1)
-            case _:
-                assume_a = "pos" if "pos" in name else "gen"
-                result = solve(K, x_var, assume_a=assume_a, b_ndim=1)
-        return (result**2).sum()
-
-    gradient = pt.grad(loss_of(pt.linalg.kron), inputs)
-    function = compile_py(inputs, gradient)
-    fgraph = function.maker.fgraph
-    assert not has_kron(fgraph)
+    sparse, dense = (
+        pt.grad(loss_of(pt.vectorize(kron, "(i,j),(k,l)->(m,n)")(A, B), x_var), inputs)
+        for kron in (pt.linalg.kron, symbolic_dense_kron)
+    )
+    function = compile_py(inputs, sparse)
+    assert not has_kron(function.maker.fgraph)
     results = function(*arrays, x)
-    dense = pt.grad(loss_of(symbolic_dense_kron), inputs)
     expected = compile_py(inputs, dense, mode=AS_WRITTEN)(*arrays, x)
     for result, other in zip(results, expected, strict=True):
         assert result.shape == other.shape
         assert_allclose(result, other, rtol=1e-10, atol=1e-11 * np.abs(other).max())
-    sizes = dense_kron(*arrays).size
-    values = [*arrays, x]
-    assert largest_size_in(function, *values) < sizes
+    assert largest_size_in(function, *arrays, x) < dense_kron(*arrays).size
 
 
 # What stays dense

@@ -1090,6 +1090,11 @@ FOUND = {
         ),
         ("pos", 1),
     ),
+    "a row of each product in a batch": Node(
+        "row",
+        (Node("kron", tuple(Leaf("square", (2,), (n, n), "float64", "all", n) for n in (3, 2))),),
+        (-1,),
+    ),
     "a size of one that the type doesn't show": Node(
         "solve",
         (
