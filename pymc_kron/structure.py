@@ -85,7 +85,7 @@ def kron_factors(var: TensorVariable) -> tuple[TensorVariable, ...] | None:
 def square_kron_factors(
     var: TensorVariable, *, real: bool = False
 ) -> tuple[TensorVariable, ...] | None:
-    """Return the factors as `kron_factors` does, if they may be square.
+    """Return the factors as `kron_factors` does, as numbers of its dtype, if they may be square.
 
     Known shapes decide; where they don't, a product of rectangular factors is singular anyway.
 
@@ -93,12 +93,14 @@ def square_kron_factors(
     ------
     Refusal
         If a factor is known not to be square or to be empty, if the factors are booleans, which
-        have no linear algebra to save, and with `real` if they are complex.
+        have no linear algebra to save, or integers that may overflow, and with `real` if they are
+        complex.
     """
     factors = kron_factors(var)
     if factors is None:
         return None
     refuse_dtype(var, "fiu" if real else "fciu")
+    refuse_narrow_integers(var)
     for i, factor in enumerate(factors, 1):
         if is_provably_not_square(factor):
             rows, columns = factor.type.shape[-2:]
@@ -108,7 +110,7 @@ def square_kron_factors(
             )
         if is_empty(factor):
             raise Refusal(f"factor {i} is empty", "there is nothing to save")
-    return factors
+    return tuple(factor.astype(var.type.dtype) for factor in factors)
 
 
 def refuse_dtype(var: TensorVariable, kinds: str) -> None:
@@ -116,6 +118,23 @@ def refuse_dtype(var: TensorVariable, kinds: str) -> None:
     if var.type.numpy_dtype.kind not in kinds:
         raise Refusal(
             f"the product is of dtype {var.type.dtype}",
+            "cast the factors to floating point numbers",
+        )
+
+
+def is_narrow_integer(var: TensorVariable) -> bool:
+    """Whether the entries are integers of less than 64 bits, which a product soon exceeds."""
+    return var.type.numpy_dtype.kind in "iu" and var.type.numpy_dtype.itemsize < 8
+
+
+def refuse_narrow_integers(var: TensorVariable) -> None:
+    """Raise a `Refusal` if the entries of a product may be cut off at a width.
+
+    The floating point numbers that are computed from the factors wouldn't be.
+    """
+    if is_narrow_integer(var):
+        raise Refusal(
+            f"the product is of dtype {var.type.dtype}, in which it may overflow",
             "cast the factors to floating point numbers",
         )
 
@@ -147,6 +166,9 @@ def _factors_of_product(var: TensorVariable) -> tuple[TensorVariable, ...] | Non
 
 
 def _factors_of_multiple(var: TensorVariable) -> tuple[TensorVariable, ...] | None:
+    if var.type.numpy_dtype.kind in "bu":
+        # There is no negative factor
+        return None
     match var.owner_op_and_inputs:
         case (Elemwise(scalar_op=Neg()), product):
             multiple = neg
@@ -168,10 +190,11 @@ def _factors_of_multiple(var: TensorVariable) -> tuple[TensorVariable, ...] | No
         case _:
             return None
     factors = kron_factors(product)
-    if factors is None:
+    if factors is None or (is_narrow_integer(product) and product.type.dtype != var.type.dtype):
         return None
     first, *others = factors
-    return multiple(first), *others
+    # A factor may be of less precision, or have no negative numbers
+    return multiple(first.astype(var.type.dtype)), *others
 
 
 def is_scalar(var: TensorVariable, core_ndim: int = 2) -> bool:
@@ -190,7 +213,7 @@ def split_scalars(var: TensorVariable, core_ndim: int = 2) -> tuple[TensorVariab
         The number of axes along which the scalars have one entry.
     """
     scales: list[TensorVariable] = []
-    while True:
+    while var.type.numpy_dtype.kind not in "bu":
         match var.owner_op_and_inputs:
             case (Elemwise(scalar_op=Neg()), inner):
                 scales.append(pt.constant(-1, dtype=var.type.dtype))
@@ -208,6 +231,7 @@ def split_scalars(var: TensorVariable, core_ndim: int = 2) -> tuple[TensorVariab
             case _:
                 return var, scales
         var = inner
+    return var, scales
 
 
 def reciprocal(divisor: TensorVariable, quotient: TensorVariable) -> TensorVariable:

@@ -66,9 +66,11 @@ def refuse_overflow(K: TensorVariable, factors: Matrices, old_out: TensorVariabl
     """Raise a `Refusal` if integers may be cut off at another width in the factors than in K.
 
     Sums and products of integers are right modulo a power of two, which has to be the same one.
+    Of integers of 64 bits, those that become floating point numbers are taken not to overflow.
     """
     dtypes = {var.type.dtype for var in (K, *factors, old_out)}
-    if K.type.numpy_dtype.kind in "biu" and len(dtypes) > 1:
+    is_exact = old_out.type.numpy_dtype.kind in "fc" and K.type.numpy_dtype.itemsize == 8
+    if K.type.numpy_dtype.kind in "biu" and len(dtypes) > 1 and not is_exact:
         raise Refusal(
             f"integers may overflow in another way as {', '.join(sorted(dtypes))}",
             "cast the factors to floating point numbers",

@@ -19,6 +19,7 @@ from pymc_kron.structure import (
     is_provably_not_square,
     is_triangular,
     kron_factors,
+    refuse_narrow_integers,
 )
 
 
@@ -34,12 +35,14 @@ def det_of_kron(fgraph, node):
     factors = kron_factors(K)
     if factors is None or any(map(is_empty, factors)) or K.type.numpy_dtype.kind == "b":
         return None
+    refuse_narrow_integers(K)
     if any(map(is_provably_not_square, factors)):
         # A square product of rectangular factors has not the full rank, unless it is empty
         is_one = pt.eq(prod(column_sizes(factors)), 0)
         return [as_replacement(det, pt.full(tuple(K.shape)[:-2], is_one))]
 
-    sign, logabsdet = kron_slogdet(factors, [_slogdet(fgraph, factor) for factor in factors])
+    slogdets = [_slogdet(fgraph, factor.astype(det.type.dtype)) for factor in factors]
+    sign, logabsdet = kron_slogdet(factors, slogdets)
     return replacements_of_det(fgraph, det, sign, logabsdet)
 
 

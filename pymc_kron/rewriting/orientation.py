@@ -16,6 +16,7 @@ from pymc_kron.structure import (
     is_empty,
     kron_factors,
     refuse_dtype,
+    refuse_narrow_integers,
     square_kron_factors,
 )
 
@@ -26,12 +27,13 @@ def rectangular_kron_factors(K: TensorVariable) -> Matrices | None:
     Raises
     ------
     Refusal
-        If the factors are booleans or one is known to be empty.
+        If the factors are booleans or integers that may overflow, or one is known to be empty.
     """
     factors = kron_factors(K)
     if factors is None:
         return None
     refuse_dtype(K, "fciu")
+    refuse_narrow_integers(K)
     if any(map(is_empty, factors)):
         raise Refusal("a factor is empty", "there is nothing to save")
     return [factor.astype(K.type.dtype) for factor in factors]

@@ -64,7 +64,10 @@ def matmul_of_kron(fgraph, node):
         return None
     if any(map(is_empty, (left, right))) or old_out.type.numpy_dtype.kind == "b":
         return None
-    other = right if right_factors is None else left
+    K, factors, other = (
+        (left, left_factors, right) if right_factors is None else (right, right_factors, left)
+    )
+    refuse_overflow(K, factors, old_out)
     sizes = Sizes(left, right)
     if is_unread(other, sizes):
         return None
@@ -80,9 +83,10 @@ def matmul_of_kron(fgraph, node):
             return [as_replacement(old_out, new_out)]
         case terms if terms is not None:
             return None
+    other = other.astype(old_out.type.dtype)
     if left_factors is not None:
-        new_out = kron_matmul(left_factors, right, x_ndim=2)
+        new_out = kron_matmul(left_factors, other, x_ndim=2)
     else:
         # X K = (K' X')'
-        new_out = kron_matmul([factor.mT for factor in right_factors], left.mT, x_ndim=2).mT
+        new_out = kron_matmul([factor.mT for factor in right_factors], other.mT, x_ndim=2).mT
     return [as_replacement(old_out, new_out)]

@@ -17,6 +17,7 @@ from pymc_kron.rewriting.facts import positive_definite_factors
 from pymc_kron.structure import (
     Refusal,
     is_empty,
+    is_narrow_integer,
     kron_factors,
     split_scalars,
     square_kron_factors,
@@ -89,7 +90,7 @@ def solve_of_kron(fgraph, node):
 def _pairs_with_right_hand_side(factors, b):
     """Return the factors with those of the right-hand side, if that is a product to match."""
     b_factors = kron_factors(b)
-    if b_factors is None:
+    if b_factors is None or is_narrow_integer(b):
         return None
     try:
         return conforming_factors(factors, b_factors, [(-2, -2)])
