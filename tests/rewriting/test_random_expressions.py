@@ -1092,7 +1092,7 @@ FOUND = {
     ),
     "a row of each product in a batch": Node(
         "row",
-        (Node("kron", tuple(Leaf("square", (2,), (n, n), "float64", "all", n) for n in (3, 2))),),
+        (Node("kron", tuple(Leaf("general", (2,), (n, n), "float64", "all", n) for n in (3, 2))),),
         (-1,),
     ),
     "a size of one that the type doesn't show": Node(
