@@ -173,6 +173,12 @@ def _terms_of_core(var: TensorVariable, sizes: Sizes) -> Terms | None:
             divisor.type.ndim < 2 or 1 in divisor.type.shape[-2:]
         ):
             return _terms_of_elementwise_product([matrix, reciprocal(divisor, var)], sizes)
+        case (Elemwise(scalar_op=TrueDiv()), matrix, divisor):
+            divisors = kron_factors(divisor)
+            if divisors is None:
+                return None
+            inverted = kron(*(reciprocal(factor, var) for factor in divisors))
+            return _terms_of_elementwise_product([matrix, inverted], sizes)
         case (Elemwise(scalar_op=Mul()), *matrices):
             return _terms_of_elementwise_product(matrices, sizes)
         case (Elemwise(scalar_op=Second()), like, value):
@@ -185,6 +191,15 @@ def _terms_of_core(var: TensorVariable, sizes: Sizes) -> Terms | None:
             return (Product(diagonal=diagonal),)
         case (Dot() | Blockwise(core_op=Dot()), left, right):
             return _terms_of_matmul(left, right, sizes)
+        case (
+            IncSubtensor(set_instead_of_inc=False)
+            | AdvancedIncSubtensor(set_instead_of_inc=False) as op,
+            matrix,
+            *added,
+        ) if not _is_zero(matrix):
+            # A sum, as PyTensor writes those of zeros with some entries set
+            entries = op(pt.zeros_like(matrix), *added)
+            return _concatenated([terms_of(matrix, sizes), terms_of(entries, sizes)])
         case (IncSubtensor() as op, zeros, value, *indices) if _is_zero(zeros):
             return _terms_of_entries(op, zeros, value, indices, sizes)
         case (DimShuffle(new_order=(*batch, 0, 1)), moved) if batch == [*range(2, var.type.ndim)]:

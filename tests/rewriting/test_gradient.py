@@ -73,6 +73,7 @@ SQUARE_LOSSES = {
     "inv": lambda K, v: v.u @ inv(K) @ v.x,
     "log density": lambda K, v: -v.x @ solve_pos(K, v.x) / 2 - slogdet(K)[1] / 2,
     "trace of inv": lambda K, v: pt.trace(inv(K)),
+    "rows, times a solution": lambda K, v: ((K[[1, 0, 5]] @ solve(K.T, v.u)) ** 2).sum(),
     "trace": lambda K, v: pt.trace(K) ** 2,
     "diagonal": lambda K, v: (pt.diagonal(K) ** 2 * v.x).sum(),
 }
@@ -101,6 +102,8 @@ STATIC_LOSSES = {
     "K @ K @ x": lambda K, v: ((K @ K @ v.x) ** 2).sum(),
     "x @ K @ K @ K @ x": lambda K, v: v.x @ K @ K @ K @ v.x,
     "K * K.T": lambda K, v: v.u @ (K * K.T) @ v.x,
+    "K / K.T": lambda K, v: v.u @ (K / K.T) @ v.x,
+    "first rows, times a solution": lambda K, v: ((K[:4] @ solve(K.T, v.u)) ** 2).sum(),
     "solve(K, K.T) @ x": lambda K, v: v.u @ solve(K, K.T) @ v.x,
     "diagonal": lambda K, v: (pt.diagonal(K) ** 2 * v.x).sum(),
     "trace of a product": lambda K, v: pt.trace(inv(K) @ K.T),
