@@ -477,6 +477,7 @@ def gradient_functions(build, variables, x, when):
     [
         "diag(full)",
         "diag of a function",
+        "increment",
         "noise for each level",
         "jitter and noise",
         "multiple of the sum",
