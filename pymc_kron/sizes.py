@@ -18,6 +18,7 @@ from pytensor.scalar.basic import Cast, Mul
 from pytensor.tensor.basic import (
     Alloc,
     AllocDiag,
+    ARange,
     ExtractDiag,
     Eye,
     MakeVector,
@@ -31,6 +32,7 @@ from pytensor.tensor.linalg.products import KroneckerProduct
 from pytensor.tensor.math import Dot
 from pytensor.tensor.shape import Reshape, Shape, Shape_i, SpecifyShape
 from pytensor.tensor.subtensor import Subtensor, as_index_literal
+from pytensor.tensor.type import integer_dtypes
 from pytensor.tensor.utils import _parse_gufunc_signature
 from pytensor.tensor.variable import TensorVariable
 
@@ -149,6 +151,10 @@ class Sizes:
                 return self._of(inp, axis)
             case (Alloc(), _, *shape):
                 return self._scalar(shape[axis])
+            case (ARange(), Constant(data=start), stop, Constant(data=step)) if (
+                start == 0 and step == 1 and stop.type.dtype in integer_dtypes
+            ):
+                return self._scalar(stop)
             case (Eye() | Blockwise(core_op=Eye()), rows, columns, _) if var.type.ndim == 2:
                 return self._scalar((rows, columns)[axis])
             case (AllocDiag(offset=0, axis1=first, axis2=second), diagonal) if axis in (

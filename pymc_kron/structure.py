@@ -329,7 +329,7 @@ def is_triangular(fgraph: FunctionGraph, factor: TensorVariable) -> bool:
 
 
 def without_assumptions(var: TensorVariable) -> TensorVariable:
-    """Return the variable that ``pt.assume`` was called on."""
+    """Return the variable that ``assume`` was called on."""
     while isinstance(var.owner_op, SpecifyAssumptions):
         [var] = var.owner.inputs
     return var

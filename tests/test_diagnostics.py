@@ -8,6 +8,7 @@ import pytest
 from pytensor.compile.builders import OpFromGraph
 from pytensor.graph.basic import equal_computations
 from pytensor.graph.fg import FunctionGraph
+from pytensor.graph.traversal import graph_inputs
 
 import pymc_kron as pk
 from pymc_kron.diagnostics.costs import DECOMPOSITIONS
@@ -264,7 +265,54 @@ def test_a_sum_whose_symmetry_is_not_known(kind):
         [product] = pk.explain(GRAPHS[kind]([use])).dense
         [reason] = product.reasons
         assert reason.reason == "factor 1 isn't known to be symmetric"
-        assert "pt.assume(A, symmetric=True)" in reason.advice
+        assert "pytensor.assumptions.assume(A, symmetric=True)" in reason.advice
+
+
+# Constant, and not known to be before PyTensor specializes operations
+LATE = pt.diag(pt.concatenate([pt.ones(5), pt.ones(7)]) / pt.dscalar("s"))
+
+
+@pytest.mark.parametrize("mode", ["FAST_RUN", "NUMBA", PY], ids=["fast_run", "numba", "py"])
+@pytest.mark.parametrize(
+    "noise", [pt.diag(pt.ones(12) / pt.dscalar("s")), LATE], ids=["now", "late"]
+)
+def test_a_graph_is_what_is_compiled(noise, mode):
+    """Each phase runs once, in which the bundle sees what it sees in a compiled function."""
+    out = pt.linalg.solve(K + noise, x, assume_a="pos")
+    [s] = [var for var in graph_inputs([noise]) if var.name == "s"]
+    function = pytensor.function([A, B, x, s], out, mode=mode)
+    of_graph, of_function = pk.explain(out), pk.explain(function)
+    assert of_graph.is_factorwise == of_function.is_factorwise == (noise is not LATE)
+    if noise is LATE:
+        for explanation in (of_graph, of_function):
+            [product] = explanation.dense
+            [reason] = product.reasons
+            assert "isn't known to be a multiple of the identity" in reason.reason
+            assert "sigma**2 * pt.eye(N)" in reason.advice
+    a, b, y = random_spd(np.random.default_rng(3), 3), np.eye(4), np.arange(12.0)
+    expected = np.linalg.solve(np.kron(a, b) + np.eye(12) / 2, y)
+    np.testing.assert_allclose(function(a, b, y, 2.0), expected, rtol=1e-9)
+
+
+@pytest.mark.parametrize("kind", GRAPHS)
+def test_einsum(kind):
+    assert pk.explain(GRAPHS[kind]([pt.einsum("ij,j->i", K, x)])).is_factorwise
+    [product] = pk.explain(GRAPHS[kind]([pt.einsum("ii->", K)])).dense
+    [reason] = product.reasons
+    assert reason.reason == "this einsum isn't made of products of matrices"
+    assert "pt.trace(K)" in reason.advice
+
+
+def test_an_operation_that_is_made_after_the_rewrites():
+    mode = PY.excluding("einsum_of_kron")
+    [product] = pk.explain(
+        pytensor.function([A, B, x], pt.einsum("ij,j->i", K, x), mode=mode)
+    ).dense
+    [reason] = product.reasons
+    assert reason.reason == (
+        "PyTensor made this `Dot` of another operation when `matmul_of_kron` had run already"
+    )
+    assert "`K @ x`" in reason.advice
 
 
 def test_the_longest_product_is_reported():

@@ -66,6 +66,7 @@ def test_known_and_unknown_sizes():
         (pt.zeros((A.shape[1], n)), 0, A, 1),
         (pt.full((n, A.shape[1]), c), 1, A, 1),
         (pt.zeros_like(A), 1, A, 1),
+        (pt.arange(A.shape[1])[:, None], 0, A, 1),
         (pt.diag(x), 0, x, 0),
         (pt.diag(x), 1, x, 0),
         (pt.vectorize(pt.diag, "(n)->(n,n)")(A), -1, A, 1),

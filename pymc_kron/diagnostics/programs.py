@@ -4,20 +4,21 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import chain
+from math import inf
 
 from pymc.model import Model
 from pymc.model.core import ValueGradFunction
 from pymc.pytensorf import PointFunc, resolve_shapes, rewrite_pregrad
 from pytensor.compile.builders import FinalizedOpFromGraph, OpFromGraph
 from pytensor.compile.executor import Function
-from pytensor.compile.mode import Mode, get_default_mode
+from pytensor.compile.mode import Mode, get_default_mode, optdb
 from pytensor.compile.sharedvalue import SharedVariable
 from pytensor.gradient import NullTypeGradError, grad
 from pytensor.graph.basic import Apply, Constant, Variable
 from pytensor.graph.features import Feature
 from pytensor.graph.fg import FrozenFunctionGraph, FunctionGraph, Output
 from pytensor.graph.op import HasInnerGraph, Op
-from pytensor.graph.rewriting.basic import GraphRewriter
+from pytensor.graph.rewriting.basic import GraphRewriter, SequentialGraphRewriter
 from pytensor.graph.rewriting.db import RewriteDatabaseQuery
 from pytensor.graph.traversal import ancestors, graph_inputs, toposort
 from pytensor.scalar.basic import Composite
@@ -34,7 +35,7 @@ from pymc_kron.diagnostics.costs import (
 )
 from pymc_kron.diagnostics.report import DenseProduct, Distribution, Factor, Fired, Reason, total
 from pymc_kron.distributions.grid_rv import GridMvNormalRV
-from pymc_kron.rewriting.bundle import outcomes
+from pymc_kron.rewriting.bundle import outcomes, selected_by
 from pymc_kron.rewriting.journal import (
     Entry,
     Product,
@@ -80,6 +81,8 @@ class Program:
         the journal is about.
     inside
         The operation whose inner graph it is.
+    selected
+        The names of the rewrites that the mode it is rewritten in selects.
     """
 
     fgraph: FunctionGraph
@@ -89,6 +92,7 @@ class Program:
     folded: dict[Constant, Apply] = field(default_factory=dict)
     is_compiled: bool = False
     inside: str | None = None
+    selected: frozenset[str] = frozenset()
 
 
 def programs_of(x: Explainable) -> Iterator[Program]:
@@ -106,6 +110,7 @@ def programs_of(x: Explainable) -> Iterator[Program]:
                 ("function",) * len(outputs),
                 {"function": [] if journal is None else list(journal.entries)},
                 is_compiled=True,
+                selected=selected_by(x.maker.mode),
             )
         case FunctionGraph():
             yield _rewritten(x.outputs, ["graph"] * len(x.outputs))
@@ -179,9 +184,12 @@ def _rewrite(program: Program) -> Program:
     [entries] = program.entries.values()
     feature = _FoldedProducts()
     program.fgraph.attach_feature(feature)
+    mode = get_default_mode()
+    before, after = _rewriters(mode)
     with listening() as heard:
-        _rewriter(STABILIZED).rewrite(program.fgraph)
+        before.rewrite(program.fgraph)
         entries.extend(heard)
+        program = replace(program, selected=selected_by(mode))
         uses = {
             node.outputs[0]: [
                 _use(program, node.outputs[0], *use)
@@ -191,7 +199,7 @@ def _rewrite(program: Program) -> Program:
             if isinstance(_core_op(node), KroneckerProduct)
         }
         n_heard = len(heard)
-        _rewriter(SPECIALIZED).rewrite(program.fgraph)
+        after.rewrite(program.fgraph)
         entries.extend(heard[n_heard:])
     return replace(program, uses=uses, folded=feature.folded)
 
@@ -201,14 +209,23 @@ STABILIZED, SPECIALIZED = 1.6, 49.4
 only matters for a backend."""
 
 
-def _rewriter(position: float) -> GraphRewriter:
-    """Return the default mode's rewrites up to a position."""
-    mode = get_default_mode()
-    if isinstance(mode.provided_optimizer, RewriteDatabaseQuery):
-        query = mode.provided_optimizer.excluding("fusion", "inplace")
-        query.position_cutoff = position
-        mode = Mode(linker=mode.linker, optimizer=query)
-    return mode.optimizer
+def _rewriters(mode: Mode) -> tuple[GraphRewriter, GraphRewriter]:
+    """Return a mode's rewrites up to the bundle's last phase, and those after it.
+
+    One after the other, they do what the mode does: each phase runs once.
+    """
+    query = mode.provided_optimizer
+    if not isinstance(query, RewriteDatabaseQuery):
+        return mode.optimizer, SequentialGraphRewriter()
+    mode = Mode(mode.linker, query.excluding("fusion", "inplace"))
+
+    def between(low: float, high: float) -> GraphRewriter:
+        # A new list each time, in a rewriter that lets inner graphs know the mode
+        rewriter = mode.optimizer
+        rewriter.data[:] = [r for r in rewriter.data if low <= optdb.__position__[r.name] < high]
+        return rewriter
+
+    return between(-inf, STABILIZED), between(STABILIZED, SPECIALIZED)
 
 
 def _with_blockwise(fgraph: FunctionGraph) -> FunctionGraph:
@@ -436,6 +453,12 @@ ADVICE = {
 }
 """What to do about an operation that no rewrite knows, by its name."""
 
+OF_A_SUM_WITH_A_DIAGONAL = "AdvancedIncSubtensor"
+"""What PyTensor makes of a sum with ``pt.diag(v)`` when it specializes operations."""
+
+OF_AN_EINSUM = ("Reshape", "Switch")
+"""What a product goes into in a compiled program, of an einsum that isn't made of products."""
+
 
 def _use(program: Program, product: Variable, var: Variable, client: Apply) -> _Use:
     """Ask the rewrites, and then the journal, about an operation that a product goes into.
@@ -471,17 +494,21 @@ def _use(program: Program, product: Variable, var: Variable, client: Apply) -> _
         # too, and of the operation that another one has replaced since in a compiled function.
         # The pullback of kron, which has the product among its inputs, is another matter
         is_part = _is_about(product_in(client.outputs[0]), program, kron_node)
-        is_replaced = program.is_compiled and _is_linear_algebra(client)
+        is_replaced = program.is_compiled and (
+            _is_linear_algebra(client) or OF_A_SUM_WITH_A_DIAGONAL in label
+        )
         journal = [
             Reason(refusal.reason, refusal.advice)
             for op, refusal in _refusals(program, kron_node)
-            if op == label or ((is_part or is_replaced) and op != "OpFromGraph")
+            if op == label
+            or ((is_part or is_replaced) and op != "OpFromGraph")
+            or (program.is_compiled and op == "Einsum" and label in OF_AN_EINSUM)
         ]
     else:
         journal = []
 
     answers = [
-        Reason(f"`{rewrite}` didn't run", 'compile in a mode that includes it, like "FAST_RUN"')
+        _why_not(program, rewrite, label)
         if refusal is None
         else Reason(refusal.reason, refusal.advice)
         for rewrite, refusal in outcomes(program.fgraph, client)
@@ -495,6 +522,16 @@ def _use(program: Program, product: Variable, var: Variable, client: Apply) -> _
     unknown_reason = Reason(unknown, ADVICE.get(label, "write it with the factors"))
     found = journal or answers if program.is_compiled else answers or journal
     return _Use(client, label, tuple(found or [unknown_reason]))
+
+
+def _why_not(program: Program, rewrite: str, label: str) -> Reason:
+    """Return why a rewrite that would replace an operation hasn't done so."""
+    if rewrite in program.selected:
+        return Reason(
+            f"PyTensor made this `{label}` of another operation when `{rewrite}` had run already",
+            "write it as such, like `K @ x` in place of an einsum",
+        )
+    return Reason(f"`{rewrite}` didn't run", 'compile in a mode that includes it, like "FAST_RUN"')
 
 
 def _refusals(program: Program, kron_node: Apply) -> Iterator[tuple[str, Refusal]]:

@@ -6,6 +6,8 @@ under the tag ``kron``. ``mode.excluding("kron")`` turns all of them off, and
 """
 
 # The order is the order of precedence
+from pymc_kron.rewriting.einsum import einsum_of_kron
+from pymc_kron.rewriting.increments import entries_of_kron_diagonal, increment_of_kron_diagonal
 from pymc_kron.rewriting.decomposition_gradient import (
     inner_product_of_kron_decomposition,
     pullback_of_kron_decomposition,
@@ -61,9 +63,12 @@ __all__ = [
     "div_of_kron",
     "eigh_of_kron",
     "eigvalsh_of_kron",
+    "einsum_of_kron",
     "elemwise_of_kron",
+    "entries_of_kron_diagonal",
     "expm_of_kron_sum",
     "frobenius_product_of_kron",
+    "increment_of_kron_diagonal",
     "inner_product_of_kron",
     "inner_product_of_kron_decomposition",
     "inv_of_kron",

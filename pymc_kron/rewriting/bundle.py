@@ -17,7 +17,7 @@ from copy import copy
 from functools import wraps
 from math import inf
 
-from pytensor.compile.mode import optdb
+from pytensor.compile.mode import Mode, optdb
 from pytensor.configdefaults import config
 from pytensor.graph.basic import Apply, Variable
 from pytensor.graph.fg import FunctionGraph
@@ -122,6 +122,15 @@ def register_kron(
         return rewriter
 
     return decorate
+
+
+def selected_by(mode: Mode) -> frozenset[str]:
+    """Return the names of the rewrites of the bundle that a mode selects."""
+    query = mode.provided_optimizer
+    if not isinstance(query, RewriteDatabaseQuery):
+        return frozenset()
+    bundle = BundleDB(kron_rewrites_db).query(query).walk.node_rewriter
+    return frozenset(rewriter.fn.__name__ for rewriter in bundle.rewrites)
 
 
 def outcomes(fgraph: FunctionGraph, node: Apply) -> Iterator[tuple[str, Refusal | None]]:

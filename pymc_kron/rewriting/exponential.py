@@ -38,7 +38,7 @@ def expm_of_kron_sum(fgraph, node):
         axes = [axis for axis, factor in enumerate(factors) if not is_identity(factor)]
         if len(axes) != 1:
             raise Refusal(
-                "a term has more than one factor that isn't an identity matrix",
+                "a term has more than one factor that isn't known to be an identity matrix",
                 "the exponential of a Kronecker product isn't one; that of a sum of products with "
                 "identity matrices is",
             )

@@ -58,7 +58,7 @@ def proved_square_kron_factors(
     if len(unproved) > 1:
         raise Refusal(
             f"factors {' and '.join(unproved)} aren't known to be square",
-            "give them static shapes, or pt.assume(..., symmetric=True)",
+            "give them static shapes, or pytensor.assumptions.assume(..., symmetric=True)",
         )
     return factors
 

@@ -5,13 +5,15 @@ What people write for a covariance with noise, ``kron(A, B) + s**2 * pt.eye(N)``
 """
 
 from collections.abc import Sequence
+from functools import cache
 
 from pytensor import tensor as pt
 from pytensor.graph.basic import Constant
 from pytensor.graph.fg import FunctionGraph
-from pytensor.scalar.basic import Add, Mul, Neg, Second, Sub, TrueDiv
+from pytensor.scalar.basic import Add, Mul, Neg, ScalarOp, Second, Sub, TrueDiv
 from pytensor.tensor.basic import Alloc
 from pytensor.tensor.elemwise import DimShuffle, Elemwise
+from pytensor.tensor.shape import Reshape
 from pytensor.tensor.variable import TensorVariable
 
 from pymc_kron.kron_sum import KronSum, Layout
@@ -152,9 +154,12 @@ def part_of_sum(term: Term) -> tuple[Matrices, Matrices | None]:
             if entry is not None:
                 return (*scales, entry), None
             raise Refusal(
-                "the diagonal matrix that is added to it isn't a multiple of the identity",
-                "write noise that differs between the levels of a factor as a Kronecker product "
-                "of diagonal matrices",
+                "the diagonal matrix that is added to it isn't known to be a multiple of the "
+                "identity",
+                "write noise that is the same everywhere as sigma**2 * pt.eye(N), and noise that "
+                "differs between the levels of a factor as a Kronecker product of diagonal "
+                "matrices that are known to be positive definite, "
+                "pytensor.assumptions.assume(pt.diag(v), positive_definite=True)",
             )
     raise Refusal(
         "a matrix that is no Kronecker product is added to it",
@@ -164,20 +169,29 @@ def part_of_sum(term: Term) -> tuple[Matrices, Matrices | None]:
 
 def _constant_entry(vector: TensorVariable) -> TensorVariable | None:
     """Return the scalar that all entries of a vector are equal to, if the graph shows that."""
-    match vector.owner_op_and_inputs:
-        case (Elemwise(scalar_op=Second()), _, value) | (Alloc(), value, *_):
-            return _constant_entry(value)
-        case (DimShuffle(), value) if value.type.ndim == 0:
-            return value
-        case (Elemwise(scalar_op=Mul()), *inputs):
-            entries = [_constant_entry(inp) for inp in inputs]
-            return None if None in entries else scalar_product(entries, vector.type.dtype)
-    if all(vector.type.broadcastable):
-        return vector.squeeze()
-    match vector:
-        case Constant(data=data) if data.size and (data == data.flat[0]).all():
-            return pt.constant(data.flat[0])
-    return None
+    if not all(vector.type.broadcastable[:-1]):
+        # One scalar wouldn't have the batch dimensions of the vectors
+        return None
+
+    @cache
+    def entry_of(array: TensorVariable) -> TensorVariable | None:
+        if all(array.type.broadcastable):
+            return array.squeeze()
+        match array:
+            case Constant(data=data) if data.size and (data == data.flat[0]).all():
+                return pt.constant(data.flat[0])
+        match array.owner_op_and_inputs:
+            case (Elemwise(scalar_op=Second()), _, value):
+                return entry_of(value)
+            case (Alloc() | DimShuffle() | Reshape(), value, *_):
+                return entry_of(value)
+            case (Elemwise(scalar_op=ScalarOp(nout=1)) as op, *inputs):
+                # f(c 1, d 1, ...) = f(c, d, ...) 1
+                entries = [entry_of(inp) for inp in inputs]
+                return None if None in entries else op(*entries)
+        return None
+
+    return entry_of(vector)
 
 
 def scalar_product(scalars: Sequence[TensorVariable], dtype: str) -> TensorVariable:
@@ -217,7 +231,7 @@ def _signal_and_metric(
                 return metric, signal
             raise Refusal(
                 f"of the two matrices for factor {axis + 1}, none is known to be positive definite",
-                "say so: pt.assume(C, positive_definite=True)",
+                "say so: pytensor.assumptions.assume(C, positive_definite=True)",
             )
     n_matrices = len(distinct) + has_identity
     raise Refusal(
@@ -236,5 +250,5 @@ def _symmetric(
         return nan_unless_symmetric(fgraph, signal)
     raise Refusal(
         f"factor {axis + 1} isn't known to be symmetric",
-        "say so: assume_a='pos' in the solve, or pt.assume(A, symmetric=True)",
+        "say so: assume_a='pos' in the solve, or pytensor.assumptions.assume(A, symmetric=True)",
     )

@@ -22,6 +22,7 @@ A, B, x = pt.dmatrix("A"), pt.dmatrix("B"), pt.dvector("x")
 K = pt.linalg.kron(A, B)
 S = pt.linalg.kron(assume(A, symmetric=True), assume(B, symmetric=True))
 M = K + 2 * pt.eye(K.shape[0])
+i = pt.arange(K.shape[0])
 chol_M = pt.linalg.cholesky(M)
 kronecker_sum = pt.linalg.kron(A, pt.eye(B.shape[0])) + pt.linalg.kron(pt.eye(A.shape[0]), B)
 
@@ -35,9 +36,12 @@ EXPRESSIONS = {
     "div_of_kron": (K / pt.linalg.kron(A, pt.exp(B))) @ x,
     "eigh_of_kron": pt.linalg.eigh(S)[0],
     "eigvalsh_of_kron": pt.linalg.eigvalsh(S),
+    "einsum_of_kron": pt.einsum("ij,j->i", K, x),
     "elemwise_of_kron": abs(K) @ x,
+    "entries_of_kron_diagonal": None,
     "expm_of_kron_sum": pt.linalg.expm(kronecker_sum / 9) @ x,
     "frobenius_product_of_kron": pt.linalg.norm(K),
+    "increment_of_kron_diagonal": pt.linalg.solve(S[i, i].inc(2), x),
     "inner_product_of_kron_decomposition": pt.grad(
         pt.log(pt.diagonal(pt.linalg.cholesky(x[0] ** 2 * K))).sum(), x
     ),
@@ -86,7 +90,7 @@ def test_every_rewrite_has_an_expression():
 
 
 def test_a_cutoff_in_the_sequence_of_phases_leaves_the_bundle_whole():
-    # `explain` stops there. LocalGroupDB takes the cutoff for one of its own positions
+    # LocalGroupDB takes the cutoff for one of its own positions
     query = PY.provided_optimizer.excluding()
     query.position_cutoff = 1.6
     fgraph = FunctionGraph([A, B, x], [K @ pt.linalg.solve(K, x)], clone=True)

@@ -77,6 +77,11 @@ WITH_NOISE = {
     "identity_like": lambda kron, A, B, C, D, E, s: kron(A, B) + s * pt.identity_like(kron(A, B)),
     "diag(full)": lambda kron, A, B, C, D, E, s: kron(A, B) + pt.diag(pt.full(N, s)),
     "diag(s * ones)": lambda kron, A, B, C, D, E, s: kron(A, B) + pt.diag(s * pt.ones(N)),
+    "diag(c / ones)": lambda kron, A, B, C, D, E, s: kron(A, B) + pt.diag(400 / (s * pt.ones(N))),
+    "diag of a function": lambda kron, A, B, C, D, E, s: (
+        kron(A, B) + pt.diag(pt.exp(-1 / pt.sqr(s * pt.ones(N))) * pt.sqrt(pt.full(N, 500 * s)))
+    ),
+    "diag(repeat)": lambda kron, A, B, C, D, E, s: kron(A, B) + pt.diag(pt.repeat(s, N)),
     "diag of a constant": lambda kron, A, B, C, D, E, s: kron(A, B) + pt.diag(np.full(N, 7.5)),
     "np.eye": lambda kron, A, B, C, D, E, s: kron(A, B) + s * np.eye(N),
     "constant multiple": lambda kron, A, B, C, D, E, s: kron(A, B) + 7.5 * np.eye(N),
@@ -101,6 +106,12 @@ WITH_NOISE = {
 }
 # These need A and B positive definite, and static sizes that show that A and C agree
 OF_PRODUCTS = {
+    "increment": lambda kron, A, B, C, D, E, s: kron(A, B)[pt.arange(N), pt.arange(N)].inc(
+        s / pt.sqr(pt.ones(N))
+    ),
+    "noise for each level": lambda kron, A, B, C, D, E, s: (
+        kron(A, B) + kron(positive_definite(pt.diag(s * np.arange(1.0, 4.0))), pt.eye(5))
+    ),
     "kron + kron": lambda kron, A, B, C, D, E, s: (
         kron(A, B) + kron(positive_definite(C), positive_definite(D))
     ),
@@ -466,6 +477,9 @@ def gradient_functions(build, variables, x, when):
     "name",
     [
         "diag(full)",
+        "diag of a function",
+        "increment",
+        "noise for each level",
         "jitter and noise",
         "multiple of the sum",
         "nested to the left",
@@ -563,13 +577,17 @@ def refused_sums():
     d, W = pt.dvector("d"), pt.dmatrix("W")
     kron = pt.linalg.kron
     K = kron(A, B)
-    not_identity = "the diagonal matrix that is added to it isn't a multiple of the identity"
+    not_identity = (
+        "the diagonal matrix that is added to it isn't known to be a multiple of the identity"
+    )
     no_product = "a matrix that is no Kronecker product is added to it"
     definite = [positive_definite(matrix) for matrix in (C, D)]
     return {
         "diagonal noise": (K + pt.diag(d), not_identity),
         "diagonal noise, constant": (K + np.diag(np.arange(1.0, 16.0)), not_identity),
         "scaled diagonal noise": (K + s * pt.diag(pt.exp(d)), not_identity),
+        "of constants and others": (K + pt.diag(pt.ones(N) / pt.exp(d)), not_identity),
+        "joined": (K + pt.diag(pt.concatenate([pt.full(7, s), pt.full(8, 2 * s)])), not_identity),
         "dense": (K + W, no_product),
         "dense constant": (K + np.full((15, 15), 0.01), no_product),
         "dense and noise": (K + W + s * pt.eye(N), no_product),
@@ -620,6 +638,38 @@ def test_refusals(name):
         "det_of_kron_sum",
         "logdet_of_kron_sum_cholesky",
     }
+
+
+def test_what_to_write_instead_of_a_diagonal_matrix():
+    M, reason = refused_sums()["diagonal noise"]
+    x = pt.dvector("x")
+    _, entries = refusals_of([*explicit_graph_inputs([M, x])], solve_pos(M, x))
+    [advice] = {entry.refusal.advice for entry in entries if entry.refusal.reason == reason}
+    assert "sigma**2 * pt.eye(N)" in advice
+    assert "Kronecker product of diagonal matrices" in advice
+
+
+def test_a_long_chain_of_shared_operations():
+    """Each operation is looked at once, and not once for each way that leads to it."""
+    A, B, *_, s = variables = symbols()
+    v = s * pt.ones(N)
+    for _ in range(40):
+        v = v * (2 - v)
+    x = pt.dvector("x")
+    function = compile_py([*variables, x], solve_pos(pt.linalg.kron(A, B) + pt.diag(v), x))
+    assert not has_kron(function.maker.fgraph)
+
+
+def test_a_batch_of_constant_vectors_is_no_scalar():
+    arrays = arrays_of(definite=True)
+    A, B, s, x = pt.dmatrix("A"), pt.dmatrix("B"), pt.dscalar("s"), pt.dvector("x")
+    noise = pt.vectorize(pt.diag, "(n)->(n,n)")(pt.full((4, N), s))
+    solutions = pt.linalg.solve(pt.linalg.kron(A, B) + noise, x, assume_a="pos", b_ndim=1)
+    function = compile_py([A, B, s, x], solutions)
+    M = dense_kron(*arrays[:2]) + 0.7 * np.eye(N)
+    expected = np.linalg.solve(M, np.arange(15.0))
+    result = function(*arrays[:2], 0.7, np.arange(15.0))
+    assert_allclose(result, np.tile(expected, (4, 1)), rtol=1e-10)
 
 
 def test_refuses_sizes_that_are_not_known_to_agree():
