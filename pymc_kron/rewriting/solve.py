@@ -14,6 +14,7 @@ from pymc_kron.linalg import kron, kron_solve
 from pymc_kron.rewriting.bundle import as_replacement, register_kron
 from pymc_kron.rewriting.conforming import conforming_factors
 from pymc_kron.rewriting.facts import positive_definite_factors
+from pymc_kron.rewriting.sums import part_of_sum
 from pymc_kron.structure import (
     Refusal,
     is_empty,
@@ -79,20 +80,28 @@ def solve_of_kron(fgraph, node):
             return None
 
     b_ndim = node.op.core_op.b_ndim
-    pairs = _pairs_with_right_hand_side(factors, b) if b_ndim == 2 else None
+    pairs, scales = _pairs_with_right_hand_side(factors, b) if b_ndim == 2 else (None, ())
     if pairs is None:
         new_out = kron_solve(factors, b, solve, b_ndim=b_ndim)
     else:
-        new_out = kron(*(solve(factor, c.astype(old_out.type.dtype)) for factor, c in pairs))
+        solutions = [solve(factor, c.astype(old_out.type.dtype)) for factor, c in pairs]
+        new_out = scaled(kron(*solutions), Product(scales=scales), 2)
     return [as_replacement(old_out, new_out)]
 
 
 def _pairs_with_right_hand_side(factors, b):
-    """Return the factors with those of the right-hand side, if that is a product to match."""
+    """Return the factors with those of the right-hand side, if that is a product to match.
+
+    Or a multiple of the identity, such as the gradient in a matrix of its trace; and the scalars.
+    """
     b_factors = kron_factors(b)
-    if b_factors is None or is_narrow_integer(b):
-        return None
     try:
-        return conforming_factors(factors, b_factors, [(-2, -2)])
+        if b_factors is not None and not is_narrow_integer(b):
+            return conforming_factors(factors, b_factors, [(-2, -2)]), ()
+        match terms_of(b):
+            case (Product(left=None, right=None) as term,) if all(b.type.broadcastable[:-2]):
+                scales, _ = part_of_sum(term)
+                return [(factor, pt.eye(factor.shape[-2])) for factor in factors], scales
     except Refusal:
-        return None
+        pass
+    return None, ()

@@ -33,7 +33,7 @@ EXPRESSIONS = {
     "det_of_kron_sum": pt.linalg.slogdet(S + 2 * pt.eye(K.shape[0]))[1],
     "diagonal_of_kron": pt.diagonal(3 * K.T, 1),
     "diagonal_of_kron_sum": pt.diagonal(S + pt.outer(x, x)),
-    "div_of_kron": (K / pt.linalg.kron(A, pt.exp(B))) @ x,
+    "div_of_kron": (K / pt.linalg.kron(A, pt.exp(B))).sum(axis=0),
     "eigh_of_kron": pt.linalg.eigh(S)[0],
     "eigvalsh_of_kron": pt.linalg.eigvalsh(S),
     "einsum_of_kron": pt.einsum("ij,j->i", K, x),
