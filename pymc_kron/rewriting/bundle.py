@@ -33,10 +33,10 @@ from pytensor.graph.rewriting.basic import (
 )
 from pytensor.graph.rewriting.db import LocalGroupDB, RewriteDatabase, RewriteDatabaseQuery
 from pytensor.tensor.basic import atleast_Nd
-from pytensor.tensor.linalg.products import KroneckerProduct
 from pytensor.tensor.variable import TensorVariable
 
 from pymc_kron.rewriting.journal import Refusal, record
+from pymc_kron.rewriting.sources import has_source
 
 type Replacement = Sequence[Variable] | dict[Variable, Variable] | None
 type Transform = Callable[[FunctionGraph, Apply], Replacement]
@@ -158,10 +158,6 @@ def as_replacement(old_out: TensorVariable, new_out: TensorVariable) -> TensorVa
     return new_out
 
 
-def _is_kron(op) -> bool:
-    return isinstance(getattr(op, "core_op", op), KroneckerProduct)
-
-
 class BundleWalk(GraphRewriter):
     """Walk over a graph, outputs first, until the rewrites find nothing more to do."""
 
@@ -178,13 +174,14 @@ class BundleWalk(GraphRewriter):
         self.walk.add_requirements(fgraph)
 
     def apply(self, fgraph):
-        """Walk until nothing changes.
+        """Walk until nothing changes, over a graph with a Kronecker product in it.
 
         PyMC rewrites log-densities without merging equal variables first. What one call promises
         of a matrix holds for an equal one.
         """
-        if any(_is_kron(node.op) for node in fgraph.apply_nodes):
-            MergeOptimizer().apply(fgraph)
+        if not has_source(fgraph.apply_nodes):
+            return
+        MergeOptimizer().apply(fgraph)
         for _ in range(self.max_walks):
             [_, replaced, *_] = self.walk.apply(fgraph)
             if not replaced:

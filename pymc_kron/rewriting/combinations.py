@@ -10,19 +10,18 @@ from itertools import chain
 
 from pytensor import tensor as pt
 from pytensor.compile.builders import OpFromGraph
-from pytensor.graph.traversal import ancestors
+from pytensor.graph.traversal import apply_ancestors
 from pytensor.scalar.basic import Mul, Neg, TrueDiv
 from pytensor.tensor.basic import AllocDiag, ExtractDiag, second
 from pytensor.tensor.elemwise import Elemwise
-from pytensor.tensor.linalg.products import KroneckerProduct
 from pytensor.tensor.math import Dot, Sum, variadic_mul
 from pytensor.tensor.rewriting.blockwise import blockwise_of
 from pytensor.tensor.variable import TensorVariable
 
-from pymc_kron.kron_sum import KronSumOp
 from pymc_kron.rewriting.bundle import as_replacement, register_kron
 from pymc_kron.rewriting.facts import note_square_factors
 from pymc_kron.rewriting.indexing import is_of_last_axes
+from pymc_kron.rewriting.sources import has_source
 from pymc_kron.sizes import Sizes
 from pymc_kron.structure import Matrices, is_scalar, kron_factors, refuse_dtype
 from pymc_kron.terms import (
@@ -33,6 +32,7 @@ from pymc_kron.terms import (
     diagonal_of,
     inner,
     is_unread,
+    may_have_factors,
     require_conforming,
     require_square,
     terms_of,
@@ -48,6 +48,8 @@ def matmul_of_kron_sum(fgraph, node):
     if any(kron_factors(inp) is not None for inp in node.inputs):
         return None
     sizes = Sizes(left, right)
+    if not any(may_have_factors(inp, sizes) for inp in node.inputs):
+        return None
     left_terms, right_terms = terms_of(left, sizes), terms_of(right, sizes)
     if (left_terms is None) == (right_terms is None):
         return None
@@ -202,12 +204,5 @@ def _diagonal_pullback(types) -> OpFromGraph:
 
 
 def _is_behind(*matrices: TensorVariable) -> bool:
-    """Whether any of some matrices is computed from a Kronecker product.
-
-    Graphs without one are PyTensor's own.
-    """
-    return any(
-        isinstance(core_op, KroneckerProduct | KronSumOp)
-        for var in ancestors(matrices)
-        for core_op in [getattr(var.owner_op, "core_op", var.owner_op)]
-    )
+    """Whether any of some matrices is computed from a Kronecker product."""
+    return has_source(apply_ancestors(matrices))
