@@ -5,7 +5,7 @@
 in ``s`` the trace of ``G``.
 """
 
-from functools import cache
+from functools import cache, partial
 from itertools import chain
 
 from pytensor import tensor as pt
@@ -18,7 +18,12 @@ from pytensor.tensor.math import Dot, Sum, variadic_mul
 from pytensor.tensor.rewriting.blockwise import blockwise_of
 from pytensor.tensor.variable import TensorVariable
 
-from pymc_kron.rewriting.bundle import as_replacement, register_kron
+from pymc_kron.rewriting.bundle import (
+    as_replacement,
+    kron_rewrites_db,
+    register_kron,
+    while_behind_rewrites_db,
+)
 from pymc_kron.rewriting.facts import note_square_factors
 from pymc_kron.rewriting.indexing import is_of_last_axes
 from pymc_kron.rewriting.sources import has_source
@@ -38,6 +43,9 @@ from pymc_kron.terms import (
     terms_of,
     transposed_term,
 )
+
+# With ``x' (K + s I) x``, the gradient in s is ``sum(x x' * I)``, and K is gone from it soon
+register_while_behind = partial(register_kron, dbs=[kron_rewrites_db, while_behind_rewrites_db])
 
 
 @register_kron(Dot, blockwise_of(Dot))
@@ -68,7 +76,7 @@ def matmul_of_kron_sum(fgraph, node):
     return [as_replacement(old_out, new_out)]
 
 
-@register_kron(Sum)
+@register_while_behind(Sum)
 def inner_product_of_kron(fgraph, node):
     """sum(G * H) -> the sum over the terms of G and H, where a Kronecker product is behind one"""
     [products] = node.inputs
@@ -136,7 +144,7 @@ def _is_matrix(var: TensorVariable) -> bool:
     return var.type.broadcastable[-2:] == (False, False)
 
 
-@register_kron(ExtractDiag)
+@register_while_behind(ExtractDiag)
 def diagonal_of_kron_sum(fgraph, node):
     """diagonal(Q diag(w) Q') -> (Q_A**2 (x) Q_B**2) w, and the diagonals of sums of such terms"""
     [G] = node.inputs
@@ -154,7 +162,7 @@ def diagonal_of_kron_sum(fgraph, node):
     return None if diagonal.type.ndim == 0 else [as_replacement(old_out, diagonal)]
 
 
-@register_kron(OpFromGraph)
+@register_while_behind(OpFromGraph)
 def pullback_of_diagonal_matrix(fgraph, node):
     """pullback of pt.diag(v) at G -> diagonal(G), where a Kronecker product is behind G"""
     if not _is_diagonal_pullback(node.op):

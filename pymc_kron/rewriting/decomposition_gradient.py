@@ -66,7 +66,7 @@ FACTORWISE = {
 # What is promised of Q, say, doesn't say which Q it is: value and gradient take the same one
 register = partial(
     register_kron,
-    db=as_written_rewrites_db,
+    dbs=[as_written_rewrites_db],
     needs=[rewrite.fn.__name__ for rewrite in FACTORWISE.values()],
 )
 

@@ -214,6 +214,23 @@ def test_pullback_of_a_diagonal_matrix(name):
     check(expression)
 
 
+GRADIENTS_IN_NOISE = {
+    "x' (K + c**2 I) x": lambda K, c, x: (x @ (K + c**2 * pt.eye(N)) @ x, c),
+    "sum x * (K + c I) x": lambda K, c, x: ((x * ((K + c * pt.eye(N)) @ x)).sum(), c),
+    "x' (c I - K) x": lambda K, c, x: (x @ (c * pt.eye(N) - K) @ x, c),
+    "x' (K + diag(full(c))) x": lambda K, c, x: (x @ (K + pt.diag(pt.full((N,), c))) @ x, c),
+    "x' (K + diag(x)) x": lambda K, c, x: (x @ (K + pt.diag(x)) @ x, x),
+}
+
+
+@pytest.mark.parametrize("name", GRADIENTS_IN_NOISE)
+def test_a_gradient_that_the_product_is_only_behind(name):
+    def expression(kron, A, B, c, x, **_):
+        return pt.grad(*GRADIENTS_IN_NOISE[name](kron(A, B), c, x))
+
+    check(expression)
+
+
 def test_scaled_rows():
     check(lambda kron, A, B, u, X, **_: (u[:, None] * kron(A, B)) @ X)
 
