@@ -6,9 +6,10 @@ don't, nothing is known.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 import numpy as np
 from pytensor.assumptions.specify import SpecifyAssumptions
@@ -91,6 +92,7 @@ class Sizes:
         self._equal: dict[Token, Token] = {}
         self._equal_products: dict[SizeProduct, SizeProduct] = {}
         self._known: dict[Token, SizeProduct] = {}
+        self._answers: dict[tuple[Callable, *tuple[Variable, ...]], Any] = {}
         for matrix in matrices:
             for axis in (-2, -1):
                 self._of(matrix, axis)
@@ -114,6 +116,16 @@ class Sizes:
                 self._equal[column] = row
                 return
         self._equal_products[columns] = rows
+
+    def once[T](self, read: Callable[..., T], *variables: Variable) -> T:
+        """Return ``read(*variables, self)``, which is called once for the same variables.
+
+        There are exponentially many ways through a graph in which variables are used twice.
+        """
+        key = (read, *variables)
+        if key not in self._answers:
+            self._answers[key] = read(*variables, self)
+        return self._answers[key]
 
     def _canonical(self, size: SizeProduct) -> SizeProduct:
         unknowns = Counter[Token]()

@@ -17,11 +17,11 @@ from pytensor import tensor as pt
 from pytensor.assumptions.specify import SpecifyAssumptions
 from pytensor.graph.basic import Constant, Variable
 from pytensor.scalar.basic import Add, Cast, Mul, Neg, Second, Sub, TrueDiv
-from pytensor.tensor.basic import Alloc, AllocDiag
+from pytensor.tensor.basic import Alloc, AllocDiag, Eye
 from pytensor.tensor.blockwise import Blockwise
 from pytensor.tensor.elemwise import DimShuffle, Elemwise
 from pytensor.tensor.linalg.inverse import MatrixInverse, MatrixPinv
-from pytensor.tensor.linalg.products import Expm
+from pytensor.tensor.linalg.products import Expm, KroneckerProduct
 from pytensor.tensor.linalg.solvers.core import SolveBase
 from pytensor.tensor.math import Dot, Sum
 from pytensor.tensor.shape import Reshape, SpecifyShape
@@ -115,6 +115,9 @@ class Entries:
 type Term = Product | LowRank | Entries
 type Terms = tuple[Term, ...]
 
+# Sums of more terms are as good as not known. Multiplied out, they grow exponentially
+MAX_TERMS = 100
+
 
 # Reading a graph
 
@@ -138,7 +141,7 @@ def terms_of(var: TensorVariable, sizes: Sizes | None = None) -> Terms | None:
     core, transposed = strip_transposes(var)
     if core.type.ndim < 2:
         return None
-    terms = _terms_of_core(core, sizes)
+    terms = sizes.once(_terms_of_core, core)
     if terms is None or not transposed:
         return terms
     return tuple(map(transposed_term, terms))
@@ -240,7 +243,7 @@ def _terms_of_core(var: TensorVariable, sizes: Sizes) -> Terms | None:
         case (Sum(axis=tuple(axes)), batch) if max(axes, default=0) < batch.type.ndim - 2:
             return _terms_of_batch_sum(terms_of(batch, sizes), batch.type.ndim, axes)
         case (Reshape(ndim=2), vector, _):
-            return _terms_of_reshaped(vector, var, sizes)
+            return sizes.once(_terms_of_reshaped, vector, var)
     return None
 
 
@@ -285,7 +288,7 @@ def _scaled(terms: Terms | None, scale: TensorVariable) -> Terms | None:
 def _concatenated(parts: Sequence[Terms | None]) -> Terms | None:
     terms: Terms = ()
     for part in parts:
-        if part is None:
+        if part is None or len(terms) + len(part) > MAX_TERMS:
             return None
         terms += part
     return terms
@@ -378,6 +381,31 @@ def _terms_of_matmul(left: TensorVariable, right: TensorVariable, sizes: Sizes) 
     return _pairwise(multiply, left_terms, right_terms)
 
 
+def may_have_factors(var: TensorVariable, sizes: Sizes) -> bool:
+    """Whether some term of a matrix may be a `Product`, without a look at what the terms are.
+
+    That is quickly said: a product of two matrices has such terms only if both have some.
+    """
+    core, _ = strip_transposes(var)
+    return sizes.once(_may_core_have_factors, core)
+
+
+def _may_core_have_factors(var: TensorVariable, sizes: Sizes) -> bool:
+    if isinstance(var, Constant):
+        return var.type.ndim > 1 and _terms_of_constant(var) is not None
+    match var.owner_op_and_inputs:
+        case (op, *_) if isinstance(getattr(op, "core_op", op), KroneckerProduct | Eye | AllocDiag):
+            return True
+        case (Dot() | Blockwise(core_op=Dot()), left, right) if not (
+            is_scalar(left) or is_scalar(right)
+        ):
+            return may_have_factors(left, sizes) and may_have_factors(right, sizes)
+        case (_, *inputs):
+            arrays = (inp for inp in inputs if isinstance(inp, TensorVariable))
+            return any(may_have_factors(inp, sizes) for inp in arrays if not is_scalar(inp))
+    return False
+
+
 def is_unread(var: TensorVariable, sizes: Sizes) -> bool:
     """Whether a matrix is computed from one with known terms, and may have them after a rewrite.
 
@@ -385,7 +413,11 @@ def is_unread(var: TensorVariable, sizes: Sizes) -> bool:
     be taken for any matrix.
     """
     core, _ = strip_transposes(var)
-    match core.owner_op_and_inputs:
+    return sizes.once(_is_core_unread, core)
+
+
+def _is_core_unread(var: TensorVariable, sizes: Sizes) -> bool:
+    match var.owner_op_and_inputs:
         case (Blockwise(core_op=MatrixInverse() | MatrixPinv() | Expm()), matrix):
             return terms_of(matrix, sizes) is not None
         case (Blockwise(core_op=SolveBase(b_ndim=2)), _, columns):
@@ -398,7 +430,7 @@ def is_unread(var: TensorVariable, sizes: Sizes) -> bool:
 def _pairwise(
     operation: Callable[[Term, Term], Term | None], lefts: Terms | None, rights: Terms | None
 ) -> Terms | None:
-    if lefts is None or rights is None:
+    if lefts is None or rights is None or len(lefts) * len(rights) > MAX_TERMS:
         return None
     return _all_known(operation(left, right) for left in lefts for right in rights)
 
@@ -606,23 +638,23 @@ def _terms_of_reshaped(var: TensorVariable, like: TensorVariable, sizes: Sizes) 
         ):
             return terms_of(matrix, sizes)
         case (Elemwise(scalar_op=Add()), *vectors):
-            parts = [_terms_of_reshaped(vector, like, sizes) for vector in vectors]
+            parts = [sizes.once(_terms_of_reshaped, vector, like) for vector in vectors]
             return _concatenated(parts)
         case (Elemwise(scalar_op=Sub()), plus, minus):
             minus_one = pt.constant(-1, dtype=core.type.dtype)
-            subtracted = _scaled(_terms_of_reshaped(minus, like, sizes), minus_one)
-            return _concatenated([_terms_of_reshaped(plus, like, sizes), subtracted])
+            subtracted = _scaled(sizes.once(_terms_of_reshaped, minus, like), minus_one)
+            return _concatenated([sizes.once(_terms_of_reshaped, plus, like), subtracted])
         case (Elemwise(scalar_op=Neg()), vector):
             minus_one = pt.constant(-1, dtype=core.type.dtype)
-            return _scaled(_terms_of_reshaped(vector, like, sizes), minus_one)
+            return _scaled(sizes.once(_terms_of_reshaped, vector, like), minus_one)
         case (Elemwise(scalar_op=TrueDiv()), vector, scalar) if is_scalar(scalar):
             return _scaled(
-                _terms_of_reshaped(vector, like, sizes), reciprocal(batch_scalar(scalar), core)
+                sizes.once(_terms_of_reshaped, vector, like), reciprocal(batch_scalar(scalar), core)
             )
         case (Dot() | Blockwise(core_op=Dot()) | Elemwise(scalar_op=Mul()), left, right):
             if is_scalar(left) != is_scalar(right):
                 scalar, vector = (left, right) if is_scalar(left) else (right, left)
-                return _scaled(_terms_of_reshaped(vector, like, sizes), batch_scalar(scalar))
+                return _scaled(sizes.once(_terms_of_reshaped, vector, like), batch_scalar(scalar))
     return None
 
 

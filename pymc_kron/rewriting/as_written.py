@@ -4,6 +4,7 @@ At a variable that stands for the gradient in an output, and before PyTensor's f
 """
 
 from collections.abc import Iterator, Sequence
+from itertools import count
 
 from pytensor.graph.basic import Constant, Variable
 from pytensor.scalar.basic import Add, Mul, Neg, TrueDiv
@@ -11,22 +12,39 @@ from pytensor.tensor.elemwise import DimShuffle, Elemwise
 from pytensor.tensor.shape import SpecifyShape
 from pytensor.tensor.variable import TensorVariable
 
-from pymc_kron.structure import Matrices
+from pymc_kron.structure import Matrices, Refusal
+
+# Multiplied out, sums of sums grow exponentially
+MAX_PARTS = 200
 
 
-def summands(
-    var: TensorVariable, others: Matrices = ()
-) -> Iterator[tuple[TensorVariable, Matrices]]:
+def summands(var: TensorVariable) -> Iterator[tuple[TensorVariable, Matrices]]:
     """Yield a sum and each of its summands, with all others of them.
 
     A sum may be negated, multiplied or divided by the same for all summands, and have axes added or
     dropped.
+
+    Raises
+    ------
+    Refusal
+        If it has too many of them, once the first ones have been yielded.
     """
+    yield from _summands(var, (), count(1))
+
+
+def _summands(
+    var: TensorVariable, others: Matrices, numbers: Iterator[int]
+) -> Iterator[tuple[TensorVariable, Matrices]]:
+    if next(numbers) > MAX_PARTS:
+        raise Refusal(
+            f"the gradient is a sum of more than {MAX_PARTS} parts",
+            "take it after the rewrites: pt.grad(pymc.pytensorf.rewrite_pregrad(loss), ...)",
+        )
     yield var, others
     match var.owner_op_and_inputs:
         case (Elemwise(scalar_op=Add()), *parts):
             for i, part in enumerate(parts):
-                yield from summands(part, (*others, *parts[:i], *parts[i + 1 :]))
+                yield from _summands(part, (*others, *parts[:i], *parts[i + 1 :]), numbers)
         case (
             Elemwise(scalar_op=Mul() | TrueDiv() | Neg()) | DimShuffle() | SpecifyShape() as op,
             *inputs,
@@ -37,7 +55,7 @@ def summands(
                 def linear(part: TensorVariable, i: int = i) -> TensorVariable:
                     return op.make_node(*inputs[:i], part, *inputs[i + 1 :]).out
 
-                for part, rest in summands(inner):
+                for part, rest in _summands(inner, (), numbers):
                     if part is not inner:
                         yield linear(part), (*others, *map(linear, rest))
 

@@ -9,7 +9,8 @@ repeated until nothing changes, so that an expression whose parts had to be rewr
 seen again before PyTensor's own rewrites give it another form.
 
 A rewrite that compares a graph with what PyTensor would write itself comes before all phases, in a
-walk of its own.
+walk of its own. So does, right after it, one of a gradient that a Kronecker product is only behind:
+PyTensor's first rewrites may leave nothing that shows it.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -33,10 +34,10 @@ from pytensor.graph.rewriting.basic import (
 )
 from pytensor.graph.rewriting.db import LocalGroupDB, RewriteDatabase, RewriteDatabaseQuery
 from pytensor.tensor.basic import atleast_Nd
-from pytensor.tensor.linalg.products import KroneckerProduct
 from pytensor.tensor.variable import TensorVariable
 
 from pymc_kron.rewriting.journal import Refusal, record
+from pymc_kron.rewriting.sources import has_source
 
 type Replacement = Sequence[Variable] | dict[Variable, Variable] | None
 type Transform = Callable[[FunctionGraph, Apply], Replacement]
@@ -45,6 +46,7 @@ PHASES = ("canonicalize", "stabilize")
 
 # Before PyTensor replaces operations by what they are made of
 POSITION_AS_WRITTEN = -0.02
+POSITION_WHILE_BEHIND = -0.015
 
 
 class Bundle(SequentialNodeRewriter):
@@ -60,6 +62,7 @@ class Bundle(SequentialNodeRewriter):
 
 kron_rewrites_db = LocalGroupDB(node_rewriter=Bundle)
 as_written_rewrites_db = LocalGroupDB(node_rewriter=Bundle)
+while_behind_rewrites_db = LocalGroupDB(node_rewriter=Bundle)
 
 
 def tags_of(name: str, *tags: str) -> tuple[str, ...]:
@@ -100,7 +103,7 @@ def recorded(tracks: Sequence) -> Callable[[Transform], NodeRewriter]:
 
 
 def register_kron(
-    *tracks, db: LocalGroupDB = kron_rewrites_db, needs: Sequence[str] = ()
+    *tracks, dbs: Sequence[LocalGroupDB] = (kron_rewrites_db,), needs: Sequence[str] = ()
 ) -> Callable[[Transform], NodeRewriter]:
     """Add a rewrite of the given operations to the bundle, under its own name and ``kron``.
 
@@ -108,9 +111,10 @@ def register_kron(
     ----------
     *tracks
         The operations.
-    db
-        `kron_rewrites_db`, or `as_written_rewrites_db` for a rewrite of what is still as PyTensor's
-        gradients wrote it.
+    dbs
+        `kron_rewrites_db`, with `while_behind_rewrites_db` for a rewrite of what a product is only
+        behind, or `as_written_rewrites_db` for one of what is still as PyTensor's gradients wrote
+        it.
     needs
         The names of rewrites without which this one would be wrong. It is turned off with them.
     """
@@ -118,7 +122,8 @@ def register_kron(
     def decorate(transform: Transform) -> NodeRewriter:
         name = transform.__name__
         rewriter = recorded(tracks)(transform)
-        db.register(name, rewriter, *tags_of(name, "fast_run", "fast_compile", *PHASES), *needs)
+        for db in dbs:
+            db.register(name, rewriter, *tags_of(name, "fast_run", "fast_compile", *PHASES), *needs)
         return rewriter
 
     return decorate
@@ -167,10 +172,6 @@ def as_replacement(old_out: TensorVariable, new_out: TensorVariable) -> TensorVa
     return new_out
 
 
-def _is_kron(op) -> bool:
-    return isinstance(getattr(op, "core_op", op), KroneckerProduct)
-
-
 class BundleWalk(GraphRewriter):
     """Walk over a graph, outputs first, until the rewrites find nothing more to do."""
 
@@ -187,13 +188,14 @@ class BundleWalk(GraphRewriter):
         self.walk.add_requirements(fgraph)
 
     def apply(self, fgraph):
-        """Walk until nothing changes.
+        """Walk until nothing changes, over a graph with a Kronecker product in it.
 
         PyMC rewrites log-densities without merging equal variables first. What one call promises
         of a matrix holds for an equal one.
         """
-        if any(_is_kron(node.op) for node in fgraph.apply_nodes):
-            MergeOptimizer().apply(fgraph)
+        if not has_source(fgraph.apply_nodes):
+            return
+        MergeOptimizer().apply(fgraph)
         for _ in range(self.max_walks):
             [_, replaced, *_] = self.walk.apply(fgraph)
             if not replaced:
@@ -227,9 +229,12 @@ def register_bundle() -> None:
         name = f"kron_{phase}"
         tags = tags_of(name, "fast_run", "fast_compile")
         optdb[phase].register(name, BundleDB(kron_rewrites_db), *tags)
-    name = "kron_as_written"
-    tags = tags_of(name, "fast_run", "fast_compile")
-    optdb.register(name, BundleDB(as_written_rewrites_db), *tags, position=POSITION_AS_WRITTEN)
+    for name, db, position in (
+        ("kron_as_written", as_written_rewrites_db, POSITION_AS_WRITTEN),
+        ("kron_while_behind", while_behind_rewrites_db, POSITION_WHILE_BEHIND),
+    ):
+        tags = tags_of(name, "fast_run", "fast_compile")
+        optdb.register(name, BundleDB(db), *tags, position=position)
 
 
 def bundle_rewriter() -> GraphRewriter:

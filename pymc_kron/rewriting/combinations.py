@@ -5,24 +5,28 @@
 in ``s`` the trace of ``G``.
 """
 
-from functools import cache
+from functools import cache, partial
 from itertools import chain
 
 from pytensor import tensor as pt
 from pytensor.compile.builders import OpFromGraph
-from pytensor.graph.traversal import ancestors
+from pytensor.graph.traversal import apply_ancestors
 from pytensor.scalar.basic import Mul, Neg, TrueDiv
 from pytensor.tensor.basic import AllocDiag, ExtractDiag, second
 from pytensor.tensor.elemwise import Elemwise
-from pytensor.tensor.linalg.products import KroneckerProduct
 from pytensor.tensor.math import Dot, Sum, variadic_mul
 from pytensor.tensor.rewriting.blockwise import blockwise_of
 from pytensor.tensor.variable import TensorVariable
 
-from pymc_kron.kron_sum import KronSumOp
-from pymc_kron.rewriting.bundle import as_replacement, register_kron
+from pymc_kron.rewriting.bundle import (
+    as_replacement,
+    kron_rewrites_db,
+    register_kron,
+    while_behind_rewrites_db,
+)
 from pymc_kron.rewriting.facts import note_square_factors
 from pymc_kron.rewriting.indexing import is_of_last_axes
+from pymc_kron.rewriting.sources import has_source
 from pymc_kron.sizes import Sizes
 from pymc_kron.structure import Matrices, is_scalar, kron_factors, refuse_dtype
 from pymc_kron.terms import (
@@ -33,11 +37,15 @@ from pymc_kron.terms import (
     diagonal_of,
     inner,
     is_unread,
+    may_have_factors,
     require_conforming,
     require_square,
     terms_of,
     transposed_term,
 )
+
+# With ``x' (K + s I) x``, the gradient in s is ``sum(x x' * I)``, and K is gone from it soon
+register_while_behind = partial(register_kron, dbs=[kron_rewrites_db, while_behind_rewrites_db])
 
 
 @register_kron(Dot, blockwise_of(Dot))
@@ -48,6 +56,8 @@ def matmul_of_kron_sum(fgraph, node):
     if any(kron_factors(inp) is not None for inp in node.inputs):
         return None
     sizes = Sizes(left, right)
+    if not any(may_have_factors(inp, sizes) for inp in node.inputs):
+        return None
     left_terms, right_terms = terms_of(left, sizes), terms_of(right, sizes)
     if (left_terms is None) == (right_terms is None):
         return None
@@ -66,7 +76,7 @@ def matmul_of_kron_sum(fgraph, node):
     return [as_replacement(old_out, new_out)]
 
 
-@register_kron(Sum)
+@register_while_behind(Sum)
 def inner_product_of_kron(fgraph, node):
     """sum(G * H) -> the sum over the terms of G and H, where a Kronecker product is behind one"""
     [products] = node.inputs
@@ -134,7 +144,7 @@ def _is_matrix(var: TensorVariable) -> bool:
     return var.type.broadcastable[-2:] == (False, False)
 
 
-@register_kron(ExtractDiag)
+@register_while_behind(ExtractDiag)
 def diagonal_of_kron_sum(fgraph, node):
     """diagonal(Q diag(w) Q') -> (Q_A**2 (x) Q_B**2) w, and the diagonals of sums of such terms"""
     [G] = node.inputs
@@ -152,7 +162,7 @@ def diagonal_of_kron_sum(fgraph, node):
     return None if diagonal.type.ndim == 0 else [as_replacement(old_out, diagonal)]
 
 
-@register_kron(OpFromGraph)
+@register_while_behind(OpFromGraph)
 def pullback_of_diagonal_matrix(fgraph, node):
     """pullback of pt.diag(v) at G -> diagonal(G), where a Kronecker product is behind G"""
     if not _is_diagonal_pullback(node.op):
@@ -202,12 +212,5 @@ def _diagonal_pullback(types) -> OpFromGraph:
 
 
 def _is_behind(*matrices: TensorVariable) -> bool:
-    """Whether any of some matrices is computed from a Kronecker product.
-
-    Graphs without one are PyTensor's own.
-    """
-    return any(
-        isinstance(core_op, KroneckerProduct | KronSumOp)
-        for var in ancestors(matrices)
-        for core_op in [getattr(var.owner_op, "core_op", var.owner_op)]
-    )
+    """Whether any of some matrices is computed from a Kronecker product."""
+    return has_source(apply_ancestors(matrices))

@@ -39,9 +39,9 @@ from pymc_kron.rewriting.bundle import as_replacement, as_written_rewrites_db, r
 from pymc_kron.rewriting.decomposition import cholesky_of_kron
 from pymc_kron.rewriting.eigen import eigh_of_kron, eigvalsh_of_kron
 from pymc_kron.rewriting.exponential import expm_of_kron_sum
-from pymc_kron.rewriting.gradient import is_kron_pullback
 from pymc_kron.rewriting.lu import lu_of_kron
 from pymc_kron.rewriting.qr import qr_of_kron
+from pymc_kron.rewriting.sources import is_kron_pullback
 from pymc_kron.rewriting.svd import svd_of_kron
 from pymc_kron.structure import (
     Matrices,
@@ -66,7 +66,7 @@ FACTORWISE = {
 # What is promised of Q, say, doesn't say which Q it is: value and gradient take the same one
 register = partial(
     register_kron,
-    db=as_written_rewrites_db,
+    dbs=[as_written_rewrites_db],
     needs=[rewrite.fn.__name__ for rewrite in FACTORWISE.values()],
 )
 
@@ -128,8 +128,9 @@ def inner_product_of_kron_decomposition(fgraph, node):
     match entries.owner_op_and_inputs:
         case (Elemwise(scalar_op=Mul()), *pair) if len(pair) == 2:
             for K, G in (pair, pair[::-1]):
-                for part, others in summands(G):
-                    gradient = _along_product(fgraph, K, part)
+                users = list(_users_of_multiples(fgraph, K))
+                for part, others in summands(G) if users else ():
+                    gradient = _along_product(fgraph, K, part, users)
                     if gradient is None:
                         continue
                     if others:
@@ -140,37 +141,51 @@ def inner_product_of_kron_decomposition(fgraph, node):
 
 
 def _along_product(
-    fgraph: FunctionGraph, K: TensorVariable, G: TensorVariable
+    fgraph: FunctionGraph,
+    K: TensorVariable,
+    G: TensorVariable,
+    users: Iterable[tuple[TensorVariable, Apply]],
 ) -> TensorVariable | None:
     """Return the inner product of a Kronecker product and a gradient in a multiple of it.
 
     Of what the exponential is taken of, also that of a sum, and of an identity matrix.
     """
     _, scales_of_K = split_scalars(K)
-    for multiple in _multiples(fgraph, K):
-        factors = kron_factors(multiple)
-        users = _exponentials(fgraph, multiple)
-        if factors is not None:
-            users = chain(_decompositions(fgraph, multiple), users)
-        for user in users:
-            cotangents = _cotangents(user, multiple, G)
-            if cotangents is None:
-                continue
-            t = pt.scalar(dtype=multiple.type.dtype)
-            c: Matrices = ()
-            if isinstance(user.op.core_op, Expm):
-                # A scalar that multiplies what the exponential is taken of may be zero
-                copy, start = multiple + t * K, 0
-            else:
-                assert factors is not None
-                copy, start = kron(t * factors[0], *factors[1:]), 1
-                _, scales = split_scalars(multiple)
-                c = scales[: len(scales) - len(scales_of_K)]
-            gradients = _factorwise_gradients(fgraph, user, {multiple: copy}, [t], cotangents)
-            if gradients is not None:
-                [gradient] = graph_replace(gradients, {t: pt.constant(start, dtype=t.type.dtype)})
-                return gradient / variadic_mul(*map(batch_scalar, c))
+    for multiple, user in users:
+        cotangents = _cotangents(user, multiple, G)
+        if cotangents is None:
+            continue
+        t = pt.scalar(dtype=multiple.type.dtype)
+        c: Matrices = ()
+        if isinstance(user.op.core_op, Expm):
+            # A scalar that multiplies what the exponential is taken of may be zero
+            copy, start = multiple + t * K, 0
+        else:
+            factors = kron_factors(multiple)
+            assert factors is not None
+            copy, start = kron(t * factors[0], *factors[1:]), 1
+            _, scales = split_scalars(multiple)
+            c = scales[: len(scales) - len(scales_of_K)]
+        gradients = _factorwise_gradients(fgraph, user, {multiple: copy}, [t], cotangents)
+        if gradients is not None:
+            [gradient] = graph_replace(gradients, {t: pt.constant(start, dtype=t.type.dtype)})
+            return gradient / variadic_mul(*map(batch_scalar, c))
     return None
+
+
+def _users_of_multiples(
+    fgraph: FunctionGraph, K: TensorVariable
+) -> Iterator[tuple[TensorVariable, Apply]]:
+    """Yield the decompositions of a product times scalars, each with what it decomposes.
+
+    And the exponentials of what that is a part of.
+    """
+    for multiple in _multiples(fgraph, K):
+        if kron_factors(multiple) is not None:
+            for user in _decompositions(fgraph, multiple):
+                yield multiple, user
+        for user in _exponentials(fgraph, multiple):
+            yield multiple, user
 
 
 def _multiples(fgraph: FunctionGraph, K: TensorVariable) -> Iterator[TensorVariable]:

@@ -9,16 +9,13 @@ of a matrix ``G`` of the size of the product. It is linear in ``G``, and for
 and all sums, multiples, transposes and products of these, `pymc_kron.terms` knows the sums.
 """
 
-from functools import cache
-
 from pytensor import tensor as pt
 from pytensor.compile.builders import OpFromGraph
-from pytensor.graph.op import Op
 from pytensor.tensor.blockwise import Blockwise
-from pytensor.tensor.linalg.products import KroneckerProduct
 
 from pymc_kron.rewriting.bundle import as_replacement, register_kron
 from pymc_kron.rewriting.facts import note_square_factors
+from pymc_kron.rewriting.sources import is_kron_pullback
 from pymc_kron.sizes import Sizes
 from pymc_kron.structure import Refusal, kron_factors
 from pymc_kron.terms import contract, require_conforming, terms_of
@@ -54,23 +51,3 @@ def pullback_of_kron(fgraph, node):
             new = pt.broadcast_to(new, (*tuple(K.shape)[:-2], *tuple(new.shape)[-2:]))
         news.append(as_replacement(old, new))
     return news
-
-
-def is_kron_pullback(op: Op) -> bool:
-    """Whether an operation is PyTensor's pullback of kron, or a batch of it."""
-    op = getattr(op, "core_op", op)
-    if not isinstance(op, OpFromGraph) or len(op.inner_inputs) != 4 or len(op.inner_outputs) != 2:
-        return False
-    types = tuple(op.input_types)
-    if any(getattr(input_type, "ndim", None) != 2 for input_type in types):
-        return False
-    return op == _kron_pullback(types)
-
-
-@cache
-def _kron_pullback(types) -> OpFromGraph:
-    """Return the operation that PyTensor makes of the pullback of kron, for these types."""
-    A, B, K, G = (input_type() for input_type in types)
-    kron = KroneckerProduct()(A, B).owner.op
-    [gradient, *_] = kron.pullback([A, B], [K], [G])
-    return gradient.owner.op

@@ -162,17 +162,23 @@ def product_in(var: Variable) -> Product | None:
     Its inverse, its Gram matrix, a sum with other terms such as noise, or the Cholesky factor of
     one of these.
     """
-    if getattr(var.type, "ndim", 0) < 2:
-        return None
-    factors = kron_factors(var)
-    if factors is not None:
-        return Product(
-            number_of(core_product(var)),
-            tuple(factor.type.shape for factor in factors),
-            tuple(map(name_of, factors)),
-            var.type.dtype,
-        )
-    return next(filter(None, map(product_in, _parts(var))), None)
+    seen: set[Variable] = set()
+    to_visit = [var]
+    while to_visit:
+        part = to_visit.pop()
+        if part in seen or getattr(part.type, "ndim", 0) < 2:
+            continue
+        seen.add(part)
+        factors = kron_factors(part)
+        if factors is not None:
+            return Product(
+                number_of(core_product(part)),
+                tuple(factor.type.shape for factor in factors),
+                tuple(map(name_of, factors)),
+                part.type.dtype,
+            )
+        to_visit += reversed(_parts(part))
+    return None
 
 
 def _parts(var: Variable) -> list[Variable]:

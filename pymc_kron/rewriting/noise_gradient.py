@@ -39,7 +39,7 @@ from pymc_kron.structure import Refusal
 type Gradient = Callable[[TensorVariable], TensorVariable]
 
 
-@register_kron(blockwise_of(Cholesky), db=as_written_rewrites_db)
+@register_kron(blockwise_of(Cholesky), dbs=[as_written_rewrites_db])
 def pullback_of_kron_sum_cholesky(fgraph, node):
     """pullback through chol(M) of |inv(L) x|^2, sum log diag L -> -alpha alpha', inv(M) / 2"""
     [M] = node.inputs

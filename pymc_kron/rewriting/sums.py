@@ -31,7 +31,7 @@ from pymc_kron.structure import (
     strip_transposes,
     without_assumptions,
 )
-from pymc_kron.terms import Product, Term, require_agreement, terms_of
+from pymc_kron.terms import Product, Term, may_have_factors, require_agreement, terms_of
 
 type Parts = list[tuple[Matrices, Matrices | None]]
 
@@ -100,7 +100,11 @@ def read_sum(var: TensorVariable) -> Parts | None:
     for addend in addends:
         if addend.type.ndim > 1 and not any(addend.type.broadcastable[-2:]):
             sizes.note_square(addend)
-    known = [terms_of(addend, sizes) for addend in addends if not is_scalar(addend)]
+    known = [
+        terms_of(addend, sizes)
+        for addend in addends
+        if not is_scalar(addend) and may_have_factors(addend, sizes)
+    ]
     if not any(
         isinstance(term, Product) and term.left is not None
         for terms in known

@@ -1,11 +1,19 @@
+from itertools import islice
+
 import numpy as np
 import pytensor.tensor as pt
 import pytest
 from numpy.testing import assert_allclose
 from pytensor.graph.basic import equal_computations
+from pytensor.graph.fg import FunctionGraph
+from pytensor.graph.traversal import graph_inputs
 from pytensor.tensor.linalg.products import KroneckerProduct
 
-from pymc_kron.rewriting.journal import journal_of
+from pymc_kron import terms
+from pymc_kron.rewriting import bundle_rewriter, combinations
+from pymc_kron.rewriting.as_written import summands
+from pymc_kron.rewriting.journal import journal_of, product_in
+from pymc_kron.structure import Refusal
 from tests.helpers import (
     AS_WRITTEN,
     PY,
@@ -206,6 +214,23 @@ def test_pullback_of_a_diagonal_matrix(name):
     check(expression)
 
 
+GRADIENTS_IN_NOISE = {
+    "x' (K + c**2 I) x": lambda K, c, x: (x @ (K + c**2 * pt.eye(N)) @ x, c),
+    "sum x * (K + c I) x": lambda K, c, x: ((x * ((K + c * pt.eye(N)) @ x)).sum(), c),
+    "x' (c I - K) x": lambda K, c, x: (x @ (c * pt.eye(N) - K) @ x, c),
+    "x' (K + diag(full(c))) x": lambda K, c, x: (x @ (K + pt.diag(pt.full((N,), c))) @ x, c),
+    "x' (K + diag(x)) x": lambda K, c, x: (x @ (K + pt.diag(x)) @ x, x),
+}
+
+
+@pytest.mark.parametrize("name", GRADIENTS_IN_NOISE)
+def test_a_gradient_that_the_product_is_only_behind(name):
+    def expression(kron, A, B, c, x, **_):
+        return pt.grad(*GRADIENTS_IN_NOISE[name](kron(A, B), c, x))
+
+    check(expression)
+
+
 def test_scaled_rows():
     check(lambda kron, A, B, u, X, **_: (u[:, None] * kron(A, B)) @ X)
 
@@ -232,6 +257,89 @@ def test_graphs_without_kron_are_left_alone(static):
     assert equal_computations(
         graphs[0].outputs, graphs[1].outputs, in_xs=graphs[0].inputs, in_ys=graphs[1].inputs
     )
+
+
+def filtered_covariance(n_steps, noise, F, P, H, R):
+    """Return the covariance after some steps of a Kalman filter: each uses the last one often."""
+    for _ in range(n_steps):
+        predicted = F @ P @ F.T + noise
+        innovation = H @ predicted @ H.T + R
+        P = predicted - predicted @ H.T @ pt.linalg.inv(innovation) @ H @ predicted
+    return P
+
+
+def test_a_deep_graph_without_kron_is_not_read(monkeypatch):
+    def never(*_):
+        raise AssertionError
+
+    monkeypatch.setattr(combinations, "terms_of", never)
+    Q, *matrices = (pt.matrix(name) for name in "QFPHR")
+    outputs = [filtered_covariance(50, Q, *matrices)]
+    fgraph = FunctionGraph(outputs=outputs, clone=True)
+    bundle_rewriter().rewrite(fgraph)
+    assert journal_of(fgraph) is None
+    assert equal_computations(fgraph.outputs, outputs, fgraph.inputs, [*graph_inputs(outputs)])
+
+
+def test_a_deep_graph_is_read_once(monkeypatch):
+    read = []
+
+    def counted(var, sizes, terms_of_core=terms._terms_of_core):
+        read.append(var)
+        return terms_of_core(var, sizes)
+
+    monkeypatch.setattr(terms, "_terms_of_core", counted)
+    A, B, *matrices = (pt.matrix(name, shape=(N, N)) for name in "ABFPHR")
+    K = pt.linalg.kron(A[:4, :4], B[:5, :5])
+    covariance = filtered_covariance(30, K, *matrices)
+    assert len(terms.terms_of(covariance)) == 4
+    assert len(read) == len(set(read)) > 30
+
+
+def test_deep_graphs_with_kron_compile():
+    def expression(kron, A, B, X, F, P, H, R, **_):
+        return filtered_covariance(5, kron(A, B), F, P, H, R) @ X
+
+    rng = np.random.default_rng(10)
+    values, variables = values_and_variables(static=True, **dict.fromkeys("FPHR", (N, N)))
+    values = {name: value / 100 for name, value in values.items()} | {"R": np.eye(N)}
+    values["P"] = values["P"] @ values["P"].T
+    values["X"] = rng.normal(size=(N, 3))
+    inputs = list(variables.values())
+    result, expected = (
+        compile_py(inputs, expression(kron, **variables), mode)(*values.values())
+        for kron, mode in ((pt.linalg.kron, PY), (symbolic_dense_kron, WITHOUT_KRON))
+    )
+    assert_allclose(result, expected, rtol=1e-10, atol=1e-14)
+
+
+def test_sums_of_too_many_terms_are_not_known():
+    A, B = pt.matrix("A", shape=(4, 4)), pt.matrix("B", shape=(5, 5))
+    multiplied = added = M = pt.linalg.kron(A, B) + pt.eye(N)
+    for _ in range(100):
+        multiplied, added = multiplied @ M, added + added.T
+    assert len(terms.terms_of(M @ M @ M)) == 8
+    assert terms.terms_of(multiplied) is None
+    assert terms.terms_of(added) is None
+
+
+def test_the_product_in_a_deep_sum():
+    var = pt.matrix("M")
+    for _ in range(100):
+        var = var + pt.exp(var).T + var.T
+    assert product_in(var) is None
+    assert product_in(var + pt.linalg.kron(pt.matrix("A"), pt.matrix("B"))).names == ("A", "B")
+
+
+def test_a_deep_sum_has_too_many_summands():
+    var = pt.matrix("M")
+    for _ in range(100):
+        var = var + var * pt.exp(var)
+    with pytest.raises(Refusal, match="more than 200 parts"):
+        list(summands(var))
+    [(whole, _), (first, _), *_] = islice(summands(var), 5)
+    assert whole is var
+    assert first is var.owner.inputs[0]
 
 
 def check_dense(expression, rewrite=None, match="", *, static=True, **options):
