@@ -10,7 +10,6 @@ from itertools import chain
 
 from pytensor import tensor as pt
 from pytensor.compile.builders import OpFromGraph
-from pytensor.graph.traversal import apply_ancestors
 from pytensor.scalar.basic import Mul, Neg, TrueDiv
 from pytensor.tensor.basic import AllocDiag, ExtractDiag, second
 from pytensor.tensor.elemwise import Elemwise
@@ -26,7 +25,7 @@ from pymc_kron.rewriting.bundle import (
 )
 from pymc_kron.rewriting.facts import note_square_factors
 from pymc_kron.rewriting.indexing import is_of_last_axes
-from pymc_kron.rewriting.sources import has_source
+from pymc_kron.rewriting.sources import is_behind
 from pymc_kron.sizes import Sizes
 from pymc_kron.structure import Matrices, is_scalar, kron_factors, refuse_dtype
 from pymc_kron.terms import (
@@ -92,7 +91,7 @@ def inner_product_of_kron(fgraph, node):
 
     sizes = Sizes(*matrices)
     left, right = (terms_of(matrix, sizes) for matrix in matrices)
-    if left is None or right is None or not _is_behind(*matrices):
+    if left is None or right is None or not is_behind(fgraph, *matrices):
         return None
     refuse_dtype(products, "fc")
     note_square_factors(fgraph, _factors_in((*left, *right)), sizes)
@@ -153,7 +152,7 @@ def diagonal_of_kron_sum(fgraph, node):
         return None
     sizes = Sizes(G)
     terms = terms_of(G, sizes)
-    if terms is None or not _is_behind(G):
+    if terms is None or not is_behind(fgraph, G):
         return None
     note_square_factors(fgraph, _factors_in(terms), sizes)
     if not sizes.is_square(G):
@@ -170,7 +169,7 @@ def pullback_of_diagonal_matrix(fgraph, node):
     vector, _, G = node.inputs
     [old_out] = node.outputs
     terms = terms_of(G)
-    if terms is None or not _is_behind(G):
+    if terms is None or not is_behind(fgraph, G):
         return None
     sizes = Sizes(G)
     note_square_factors(fgraph, _factors_in(terms), sizes)
@@ -209,8 +208,3 @@ def _diagonal_pullback(types) -> OpFromGraph:
     diag = AllocDiag(axis1=0, axis2=1, offset=0)(vector).owner.op
     [gradient] = diag.pullback([vector], [matrix], [G])
     return gradient.owner.op
-
-
-def _is_behind(*matrices: TensorVariable) -> bool:
-    """Whether any of some matrices is computed from a Kronecker product."""
-    return has_source(apply_ancestors(matrices))

@@ -8,16 +8,14 @@ import numpy as np
 from pytensor import tensor as pt
 from pytensor.graph.basic import Apply, Constant
 from pytensor.graph.fg import FunctionGraph
-from pytensor.graph.traversal import ancestors
 from pytensor.tensor.basic import ARange
-from pytensor.tensor.linalg.products import KroneckerProduct
 from pytensor.tensor.subtensor import AdvancedIncSubtensor, AdvancedSubtensor
 from pytensor.tensor.variable import TensorVariable
 
-from pymc_kron.kron_sum import KronSumOp
 from pymc_kron.rewriting.bundle import as_replacement, register_kron
 from pymc_kron.rewriting.facts import note_square_factors
 from pymc_kron.rewriting.journal import product_in
+from pymc_kron.rewriting.sources import is_behind
 from pymc_kron.sizes import Sizes
 from pymc_kron.structure import Refusal, kron_factors, row_sizes
 
@@ -42,7 +40,7 @@ def increment_of_kron_diagonal(fgraph, node):
 def entries_of_kron_diagonal(fgraph, node):
     """K[i, i] -> diagonal(K), with i = arange(N), also of sums: the gradient in an increment"""
     K = node.inputs[0]
-    if not _is_whole_diagonal(fgraph, node) or not _is_behind(K):
+    if not _is_whole_diagonal(fgraph, node) or not is_behind(fgraph, K):
         return None
     return [as_replacement(node.out, pt.diagonal(K))]
 
@@ -73,11 +71,3 @@ def _counts_from_zero(index: TensorVariable) -> bool:
         case (ARange(), Constant(data=start), _, Constant(data=step)):
             return start == 0 and step == 1
     return False
-
-
-def _is_behind(matrix: TensorVariable) -> bool:
-    """Whether a matrix is computed from a Kronecker product: other graphs are PyTensor's own."""
-    return any(
-        isinstance(getattr(var.owner_op, "core_op", var.owner_op), KroneckerProduct | KronSumOp)
-        for var in ancestors([matrix])
-    )

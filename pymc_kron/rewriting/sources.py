@@ -4,11 +4,14 @@ from collections.abc import Iterable
 from functools import cache
 
 from pytensor.compile.builders import OpFromGraph
-from pytensor.graph.basic import Apply
+from pytensor.graph.basic import Apply, Variable
+from pytensor.graph.fg import FunctionGraph
 from pytensor.graph.op import Op
+from pytensor.graph.traversal import apply_ancestors
 from pytensor.tensor.linalg.products import KroneckerProduct
 
 from pymc_kron.kron_sum import KronSumOp
+from pymc_kron.rewriting.journal import journal_of
 
 
 def has_source(nodes: Iterable[Apply]) -> bool:
@@ -17,6 +20,14 @@ def has_source(nodes: Iterable[Apply]) -> bool:
     Without one, nothing is read as a sum of terms, and graphs are PyTensor's own.
     """
     return any(_is_source(node.op) for node in nodes)
+
+
+def is_behind(fgraph: FunctionGraph, *matrices: Variable) -> bool:
+    """Whether any of some matrices is computed from a Kronecker product, or may have been.
+
+    Other rewrites may have taken the product away, and the journal knows that there was one.
+    """
+    return journal_of(fgraph) is not None or has_source(apply_ancestors(matrices))
 
 
 def _is_source(op: Op) -> bool:

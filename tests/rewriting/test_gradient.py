@@ -73,7 +73,7 @@ SQUARE_LOSSES = {
     "inv": lambda K, v: v.u @ inv(K) @ v.x,
     "log density": lambda K, v: -v.x @ solve_pos(K, v.x) / 2 - slogdet(K)[1] / 2,
     "trace of inv": lambda K, v: pt.trace(inv(K)),
-    "identity on the right": lambda K, v: v.u @ solve(K, 2 * pt.eye(20)) @ v.x,
+    "identity on the right": lambda K, v: v.u @ solve(K, v.c * pt.eye(20)) @ v.x,
     "rows, times a solution": lambda K, v: ((K[[1, 0, 5]] @ solve(K.T, v.u)) ** 2).sum(),
     "trace": lambda K, v: pt.trace(K) ** 2,
     "diagonal": lambda K, v: (pt.diagonal(K) ** 2 * v.x).sum(),
