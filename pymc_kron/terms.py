@@ -232,7 +232,11 @@ def _terms_of_core(var: TensorVariable, sizes: Sizes) -> Terms | None:
             zeros,
             rows,
             order,
-        ) if _is_zero(zeros) and zeros.type.ndim == 2 and order.type.dtype != "bool":
+        ) if (
+            _is_zero(zeros)
+            and zeros.type.ndim == rows.type.ndim == 2
+            and order.type.dtype != "bool"
+        ):
             reordered = _terms_of_reordered(terms_of(rows.mT, sizes), zeros.mT, order)
             return reordered and tuple(map(transposed_term, reordered))
         case (DimShuffle(new_order=(*order, int(i), int(j))), batch) if [i, j] == [
