@@ -572,11 +572,14 @@ def _terms_of_batch_sum(terms: Terms | None, ndim: int, axes: tuple[int, ...]) -
     summed: Terms = ()
     for term in terms or ():
         match term:
-            case LowRank(left=left, right=right, weights=None) if (
-                left.type.ndim == right.type.ndim == ndim
-                and summed_broadcastable(left) == summed_broadcastable(right)
-            ):
-                summed += (LowRank(side_by_side(scaled(left, term, 2)), side_by_side(right)),)
+            case LowRank(left=left, right=right, weights=None):
+                # A scalar for each matrix of the batch gives its dimensions to the left
+                left = scaled(left, term, 2)
+                if not left.type.ndim == right.type.ndim == ndim or (
+                    summed_broadcastable(left) != summed_broadcastable(right)
+                ):
+                    return None
+                summed += (LowRank(side_by_side(left), side_by_side(right)),)
             case _:
                 return None
     return None if terms is None else summed

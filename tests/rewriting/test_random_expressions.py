@@ -37,6 +37,7 @@ from tests.helpers import AS_WRITTEN, PY, has_kron
 # find it. Of the LU decomposition of a batch of diagonal matrices, it makes one without a batch.
 FAILING = (
     "lu_of_diag",
+    "local_sumsqr2dot",
     "local_adv_idx_to_diagonal",
     "extract_diag_lift_pass",
     "selection_dot_to_indexing",
@@ -1089,6 +1090,31 @@ FOUND = {
             Leaf("data", (2, 3), (6,), "float64", "all", 0),
         ),
         ("pos", 1),
+    ),
+    "a scalar for each of a batch that is summed": Node(
+        "sum of entries",
+        (
+            Node(
+                "plus noise",
+                (
+                    Node(
+                        "kron",
+                        (
+                            Node(
+                                "kron",
+                                (
+                                    Leaf("positive", (1, 2), (3, 3), "float64", "none", 3),
+                                    Leaf("negative", (), (4, 4), "float64", "all", 8),
+                                ),
+                            ),
+                            Leaf("negative", (2, 1), (1, 1), "float64", "all", 1),
+                        ),
+                    ),
+                    Leaf("scalar", (), (), "float64", "none", 9),
+                ),
+                ("eye", 12, "float64"),
+            ),
+        ),
     ),
     "a row of each product in a batch": Node(
         "row",
