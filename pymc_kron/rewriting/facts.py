@@ -144,13 +144,15 @@ def is_promised_symmetric(fgraph: FunctionGraph, var: TensorVariable) -> bool:
 
     A solve with ``assume_a="pos"``, a Cholesky factor or symmetric eigenvalues of the same matrix,
     or a normal distribution with that covariance, promise it for every other use. A promise is
-    kept in mind, since the call that made it may be rewritten first.
+    kept in mind, since the call that made it may be rewritten first. The user may also have said so
+    by PyTensor's ``tag.symmetric``.
     """
     core, _ = strip_transposes(var)
     fgraph.attach_feature(Promises())
     symmetric = fgraph.kron_promises.symmetric  # type: ignore[attr-defined]
     if core not in symmetric and (
         is_symmetric(fgraph, core)
+        or getattr(core.tag, "symmetric", False)
         or any(_promises_symmetry(client, i) for client, i in clients_of(fgraph, core))
     ):
         symmetric.add(core)

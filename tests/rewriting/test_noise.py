@@ -864,6 +864,17 @@ def test_a_promise_holds_for_its_own_graph_only():
     assert_allclose(function(*arrays), np.linalg.slogdet(np.kron(*arrays) + np.eye(N))[1])
 
 
+def test_the_user_promises_with_a_tag():
+    rng = np.random.default_rng(4)
+    arrays = [random_spd(rng, 3), random_spd(rng, 5)]
+    A, B = pt.dmatrix("A"), pt.dmatrix("B")
+    M = pt.linalg.kron(A, B) + pt.eye(N)
+    M.tag.symmetric = True
+    function = compile_py([A, B], pt.linalg.slogdet(M)[1])
+    assert not has_kron(function.maker.fgraph)
+    assert_allclose(function(*arrays), np.linalg.slogdet(np.kron(*arrays) + np.eye(N))[1])
+
+
 def test_promises_are_pickled_with_a_graph():
     A, B, x = pt.dmatrix("A"), pt.dmatrix("B"), pt.dvector("x")
     M = pt.linalg.kron(A, B) + pt.eye(N)
