@@ -26,7 +26,7 @@ def inv_of_kron(fgraph, node):
     factors = square_kron_factors(K)
     if factors is None:
         return None
-    new_out = kron(*(pt.linalg.inv(factor.astype(K.type.dtype)) for factor in factors))
+    new_out = kron(*map(pt.linalg.inv, factors))
     return [as_replacement(old_out, new_out)]
 
 
