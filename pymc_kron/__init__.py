@@ -23,7 +23,7 @@ from pymc_kron.distributions import KroneckerMvNormal, TensorNormal
 from pymc_kron.loo import loo_pointwise
 from pymc_kron.predict_missing import predict_missing
 
-__version__ = "0.5.1"
+__version__ = "0.5.2"
 
 __all__ = [
     "KroneckerMvNormal",

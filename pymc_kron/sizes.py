@@ -15,7 +15,7 @@ import numpy as np
 from pytensor.assumptions.specify import SpecifyAssumptions
 from pytensor.graph.basic import Constant, Variable
 from pytensor.graph.op import Op
-from pytensor.scalar.basic import Cast, Mul
+from pytensor.scalar.basic import EQ, Cast, Mul, Switch
 from pytensor.tensor.basic import (
     Alloc,
     AllocDiag,
@@ -188,10 +188,7 @@ class Sizes:
                 return self._of((left, right)[axis], axis)
             case (Reshape(), _, shape):
                 size = self._entry(shape, axis)
-                # A number that the graph is given may be -1, what is left over
-                if size is not None and all(
-                    of_axis is not None for (_, of_axis), _ in size.unknowns
-                ):
+                if size is not None and self._is_of_axes(size):
                     return size
             case (op, *inputs):
                 return self._of_core_axis(op, inputs, var, from_end)
@@ -235,7 +232,20 @@ class Sizes:
                 return self._of(inp, axis)
             case (Subtensor(idx_list=(int(),)), shape, Constant(data=axis)):
                 return self._entry(shape, int(axis)) or _unknown(size, None)
+            case (Elemwise(scalar_op=Switch()), is_left_over, _, requested):
+                # The size that a Reshape, and a Kronecker product, which ends in one, was inferred
+                # to have
+                match is_left_over.owner_op_and_inputs:
+                    case (Elemwise(scalar_op=EQ()), compared, Constant(data=-1)) if (
+                        compared is requested and self._is_of_axes(self._scalar(requested))
+                    ):
+                        return self._scalar(requested)
         return _unknown(size, None)
+
+    @staticmethod
+    def _is_of_axes(size: SizeProduct) -> bool:
+        # A number that the graph is given may be -1, which stands for what is left over
+        return size.number >= 0 and all(axis is not None for (_, axis), _ in size.unknowns)
 
     def _entry(self, shape: Variable, axis: int) -> SizeProduct | None:
         """Return what is known about an entry of a vector of sizes."""
@@ -244,7 +254,6 @@ class Sizes:
                 return self._of(inp, axis)
             case (MakeVector(), *sizes):
                 size = self._scalar(sizes[axis])
-                # In the shape of a Reshape, -1 stands for what is left over
                 return None if size.number < 0 else size
         return None
 

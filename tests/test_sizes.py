@@ -1,9 +1,11 @@
 import pytensor.tensor as pt
 import pytest
 from pytensor.assumptions.specify import assume
+from pytensor.graph.fg import FunctionGraph
 from pytensor.graph.rewriting.utils import rewrite_graph
 from pytensor.tensor.basic import AllocDiag
 from pytensor.tensor.math import Dot
+from pytensor.tensor.rewriting.shape import ShapeFeature
 
 from pymc_kron.sizes import SizeProduct, Sizes, axis_size, is_provably_square
 
@@ -119,6 +121,22 @@ def test_sizes_of_products_multiply():
     assert same(K, 1, pt.zeros((n, A.shape[1] * B.shape[1])), 1)
     assert same(K, 0, pt.eye(K.shape[0]), 1)
     assert same(K, 0, pt.identity_like(K), 0)
+
+
+def inferred(var, axis):
+    """Return an array with the size that PyTensor infers for an axis, and nothing else of it."""
+    features = ShapeFeature()
+    FunctionGraph(outputs=[var], clone=False, features=[features])
+    return pt.zeros((features.get_shape(var, axis), 1))
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_the_size_that_is_inferred_for_a_reshape(axis):
+    # The one that was asked for, unless that is -1; a Kronecker product ends in a Reshape
+    for matrix in (pt.linalg.kron(A, B), A.reshape((B.shape[1], B.shape[0]))):
+        assert not is_provably_square(matrix)
+        assert same(inferred(matrix, axis), 0, matrix, axis)
+    assert not same(inferred(A.reshape((n, 3)), 0), 0, pt.zeros((n, 1)), 0)
 
 
 def test_batched_products():

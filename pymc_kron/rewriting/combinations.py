@@ -91,8 +91,17 @@ def inner_product_of_kron(fgraph, node):
 
     sizes = Sizes(*matrices)
     left, right = (terms_of(matrix, sizes) for matrix in matrices)
-    if left is None or right is None or not is_behind(fgraph, *matrices):
+    if (left is None and right is None) or not is_behind(fgraph, *matrices):
         return None
+    if left is None or right is None:
+        # That one is square, as an identity matrix is, may only be known from the factors in the
+        # other one
+        factors = _factors_in(left or right or ())
+        sizes = Sizes(*matrices, *factors)
+        note_square_factors(fgraph, factors, sizes)
+        left, right = (terms_of(matrix, sizes) for matrix in matrices)
+        if left is None or right is None:
+            return None
     refuse_dtype(products, "fc")
     note_square_factors(fgraph, _factors_in((*left, *right)), sizes)
     pairs = [(a, b) for a in left for b in right]

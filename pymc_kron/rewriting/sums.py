@@ -11,7 +11,7 @@ from pytensor import tensor as pt
 from pytensor.graph.basic import Constant
 from pytensor.graph.fg import FunctionGraph
 from pytensor.scalar.basic import Add, Mul, Neg, ScalarOp, Second, Sub, TrueDiv
-from pytensor.tensor.basic import Alloc
+from pytensor.tensor.basic import Alloc, ExtractDiag
 from pytensor.tensor.elemwise import DimShuffle, Elemwise
 from pytensor.tensor.shape import Reshape
 from pytensor.tensor.variable import TensorVariable
@@ -189,6 +189,8 @@ def _constant_entry(vector: TensorVariable) -> TensorVariable | None:
                 return entry_of(value)
             case (Alloc() | DimShuffle() | Reshape(), value, *_):
                 return entry_of(value)
+            case (ExtractDiag(offset=0), matrix) if is_identity(matrix):
+                return pt.constant(1, dtype=matrix.type.dtype)
             case (Elemwise(scalar_op=ScalarOp(nout=1)) as op, *inputs):
                 # f(c 1, d 1, ...) = f(c, d, ...) 1
                 entries = [entry_of(inp) for inp in inputs]

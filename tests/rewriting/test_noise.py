@@ -103,6 +103,9 @@ WITH_NOISE = {
     "kron of identities": lambda kron, A, B, C, D, E, s: (
         kron(A, B) + s * kron(np.eye(3), pt.eye(5))
     ),
+    "kron of symbolic identities": lambda kron, A, B, C, D, E, s: (
+        kron(A, B) + s * kron(pt.eye(A.shape[0]), pt.eye(B.shape[0]))
+    ),
 }
 # These need A and B positive definite, and static sizes that show that A and C agree
 OF_PRODUCTS = {

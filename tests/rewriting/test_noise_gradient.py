@@ -108,9 +108,17 @@ def test_uses_of_a_cholesky_factor(loss):
     check(loss, "s**2")
 
 
-@pytest.mark.parametrize("loss", ["log density", "solution"])
-def test_factors_of_unknown_size(loss):
-    check(loss, "s**2", static=False)
+@pytest.mark.parametrize(
+    ("loss", "name"),
+    [
+        ("log density", "s**2"),
+        ("solution", "s**2"),
+        # Only the factors' decompositions show that what s is multiplied with is square
+        ("log density", "identity_like"),
+    ],
+)
+def test_factors_of_unknown_size(loss, name):
+    check(loss, name, static=False)
 
 
 @pytest.mark.parametrize(
@@ -144,8 +152,9 @@ def test_after_the_rewrites():
     check("log density", "s**2", when="after")
 
 
-def test_only_the_gradient_in_the_vector():
-    inputs, cost, _, values = programs("dot", "s**2")
+@pytest.mark.parametrize("name", ["s**2", "kron of symbolic identities"])
+def test_only_the_gradient_in_the_vector(name):
+    inputs, cost, _, values = programs("dot", name, static=name == "s**2")
     function = compile_py(inputs, pt.grad(cost, inputs[-1]))
     assert not has_kron(function.maker.fgraph)
     M = dense_value(SUMS["s**2"], inputs[:-1], values[:-1])
