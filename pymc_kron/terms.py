@@ -101,6 +101,15 @@ class LowRank:
     weights: Matrices | None = None
     scales: Matrices = ()
 
+    def may_be_narrower_than(self, n_vectors: int | None) -> bool:
+        """Whether ``U`` and ``V`` may hold fewer than some number of vectors, if that is known.
+
+        Not every matrix is: some unit vectors, zeros with a few ones, are the product of themselves
+        and an identity matrix.
+        """
+        ranks = {self.left.type.shape[-1], self.right.type.shape[-1]} - {None}
+        return n_vectors is None or not ranks or min(ranks) < n_vectors
+
 
 @dataclass(frozen=True)
 class Entries:

@@ -72,15 +72,17 @@ def matmul_of_kron(fgraph, node):
     if is_unread(other, sizes):
         return None
     # A vector is an outer product too, of itself and a one
-    is_vector = other.type.broadcastable[-1 if other is right else -2]
+    axis = -1 if other is right else -2
+    is_vector = other.type.broadcastable[axis]
     match None if is_vector else terms_of(other, sizes):
-        case (LowRank(left=u, right=v, weights=None, scales=scales),):
-            if left_factors is not None:
-                u = left @ u
-            else:
-                v = right.mT @ v
-            new_out = scaled(u @ v.mT, Product(scales=scales), 2)
-            return [as_replacement(old_out, new_out)]
+        case (LowRank(weights=None) as term,):
+            if term.may_be_narrower_than(other.type.shape[axis]):
+                if left_factors is not None:
+                    u, v = left @ term.left, term.right
+                else:
+                    u, v = term.left, right.mT @ term.right
+                new_out = scaled(u @ v.mT, Product(scales=term.scales), 2)
+                return [as_replacement(old_out, new_out)]
         case terms if terms is not None:
             return None
     other = other.astype(old_out.type.dtype)

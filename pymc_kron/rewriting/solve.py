@@ -52,8 +52,8 @@ def solve_of_kron(fgraph, node):
     # A single column is an outer product too, of itself and a one
     is_vector = node.op.core_op.b_ndim == 1 or b.type.broadcastable[-1]
     match None if is_vector else terms_of(b):
-        case (LowRank(left=u, right=v, weights=None, scales=scales),):
-            new_out = scaled(node.op(K, u) @ v.mT, Product(scales=scales), 2)
+        case (LowRank(weights=None) as term,) if term.may_be_narrower_than(b.type.shape[-1]):
+            new_out = scaled(node.op(K, term.left) @ term.right.mT, Product(scales=term.scales), 2)
             return [as_replacement(old_out, new_out)]
 
     match node.op.core_op:

@@ -60,6 +60,34 @@ def test_product_with_vectors_and_matrices(shapes, side, x_shape, dtype):
     assert_allclose(result, K @ x if side == "left" else x @ K, rtol=RTOL[dtype], atol=1e-5)
 
 
+SPARSE = {
+    "rows": lambda zeros, X: zeros[::2].set(X[::2]),
+    "few of them": lambda zeros, X: zeros[5:8].set(X[5:8]),
+    "columns": lambda zeros, X: zeros[:, :2].set(X[:, :2]),
+    "a block": lambda zeros, X: zeros[1::3, ::2].set(X[1::3, ::2]),
+}
+USES = {
+    "left": lambda K, X: K @ X,
+    "right": lambda K, X: X.T @ K,
+    "solve": pt.linalg.solve,
+    "cho_solve": lambda K, X: pt.linalg.cho_solve((pt.linalg.cholesky(K), True), X),
+}
+
+
+@pytest.mark.parametrize("use", USES)
+@pytest.mark.parametrize("name", SPARSE)
+def test_vectors_with_few_entries_that_are_set(name, use):
+    # The unit vectors of the rows that are set are such vectors themselves
+    rng = np.random.default_rng(12)
+    arrays = [random_spd(rng, 4), random_spd(rng, 3), rng.normal(size=(12, 5))]
+    *factors, X = symbolic_matrices(arrays)
+    sparse = SPARSE[name](pt.zeros((12, 5)), X)
+    function = compile_py([*factors, X], USES[use](pt.linalg.kron(*factors), sparse))
+    assert not has_kron(function.maker.fgraph)
+    dense = USES[use](pt.as_tensor(np.kron(*arrays[:2])), sparse)
+    assert_allclose(function(*arrays), compile_py([X], dense)(arrays[-1]), rtol=1e-9, atol=1e-12)
+
+
 def test_batched_factors():
     rng = np.random.default_rng(11)
     arrays = [rng.normal(size=(5, 3, 2)), rng.normal(size=(4, 3))]

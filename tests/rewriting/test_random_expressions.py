@@ -1177,6 +1177,11 @@ FOUND = {
         ),
         ("pos",),
     ),
+    "unit vectors are the product of themselves and an identity matrix": Node(
+        "slice",
+        (Node("pinv", (_kron(_known(2, 3), _known(3, 5)),)),),
+        ((None, None, 2), (None, None, 2)),
+    ),
 }
 
 
