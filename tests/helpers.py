@@ -4,12 +4,14 @@ import os
 import subprocess
 import sys
 from functools import reduce
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 import pymc as pm
 import pytensor
 import pytensor.tensor as pt
+import pytest
 from numpy.testing import assert_allclose
 from pymc.pytensorf import rewrite_pregrad
 from pytensor.compile.builders import OpFromGraph
@@ -41,6 +43,19 @@ AS_WRITTEN = Mode(linker="py", optimizer=dfs_rewriter(inline))
 
 # Products of float64 arrays that both sides round in a different order
 RTOL = {"float64": 1e-10, "float32": 2e-4}
+
+
+def crossed(*options):
+    """Return parameters: each option with the last one of the others, and nightly all of them."""
+    return [
+        pytest.param(
+            *values,
+            marks=()
+            if sum(value is not last[-1] for value, last in zip(values, options, strict=True)) <= 1
+            else pytest.mark.nightly,
+        )
+        for values in product(*map(list, options))
+    ]
 
 
 def random_matrix(rng, *shape, dtype="float64"):

@@ -16,7 +16,7 @@ from pymc_kron.distributions.arguments import read_noise
 from pymc_kron.factors import Factor, factors_of
 from pymc_kron.kron_sum_logp import KronSumLogp
 from pymc_kron.kronecker_logp import KroneckerLogp
-from tests.helpers import PY, compile_py, dense_kron, random_spd
+from tests.helpers import PY, compile_py, crossed, dense_kron, random_spd
 
 SIZES = (3, 4)
 
@@ -244,8 +244,11 @@ def along_structure(form, part, gradient):
     return gradient
 
 
-@pytest.mark.parametrize("batch", BATCHES)
-@pytest.mark.parametrize("forms", FORMS, ids=lambda forms: "-".join(sorted(set(forms))))
+@pytest.mark.parametrize(
+    ("forms", "batch"),
+    crossed(FORMS, list(BATCHES)),
+    ids=lambda value: "-".join(sorted(set(value))) if value in FORMS else value,
+)
 def test_forms_and_batches(forms, batch):
     x_batch, *factor_batches = BATCHES[batch]
     parts = parts_of(forms, [*factor_batches, ()])

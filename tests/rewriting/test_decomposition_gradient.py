@@ -13,6 +13,7 @@ from tests.helpers import (
     AS_WRITTEN,
     PY,
     compile_py,
+    crossed,
     finite_differences,
     has_kron,
     largest_size_in,
@@ -129,8 +130,7 @@ def inputs_of(cost):
     return list(explicit_graph_inputs([cost]))
 
 
-@pytest.mark.parametrize("static", [True, False])
-@pytest.mark.parametrize("name", CHOLESKY_LOSSES)
+@pytest.mark.parametrize(("name", "static"), crossed(list(CHOLESKY_LOSSES), [False, True]))
 def test_cholesky_factors(name, static):
     check("A (x) B", CHOLESKY_LOSSES[name], static=static)
 
