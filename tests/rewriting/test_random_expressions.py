@@ -1000,7 +1000,7 @@ def checked(family, number=None, **options):
 
 
 # 500, more of those that take less time
-EXAMPLES = {"products": 365, "solves": 60, "decompositions": 25, "noise": 25, "batches": 25}
+EXAMPLES = {"products": 300, "solves": 85, "decompositions": 45, "noise": 35, "batches": 35}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
