@@ -232,14 +232,18 @@ class Sizes:
                 return self._of(inp, axis)
             case (Subtensor(idx_list=(int(),)), shape, Constant(data=axis)):
                 return self._entry(shape, int(axis)) or _unknown(size, None)
-            case (Elemwise(scalar_op=Switch()), is_left_over, _, requested):
-                # The size that a Reshape, and a Kronecker product, which ends in one, was inferred
-                # to have
-                match is_left_over.owner_op_and_inputs:
-                    case (Elemwise(scalar_op=EQ()), compared, Constant(data=-1)) if (
-                        compared is requested and self._is_of_axes(self._scalar(requested))
-                    ):
-                        return self._scalar(requested)
+            case (
+                Elemwise(scalar_op=Switch()),
+                TensorVariable(
+                    owner_op_and_inputs=(Elemwise(scalar_op=EQ()), compared, Constant(data=-1))
+                ),
+                _,
+                requested,
+            ) if compared is requested:
+                # What PyTensor infers for a Reshape, and for a Kronecker product, which ends in one
+                inferred = self._scalar(requested)
+                if self._is_of_axes(inferred):
+                    return inferred
         return _unknown(size, None)
 
     @staticmethod
@@ -253,8 +257,7 @@ class Sizes:
             case (Shape(), inp):
                 return self._of(inp, axis)
             case (MakeVector(), *sizes):
-                size = self._scalar(sizes[axis])
-                return None if size.number < 0 else size
+                return self._scalar(sizes[axis])
         return None
 
 
