@@ -5,6 +5,7 @@ import subprocess
 import sys
 from functools import reduce
 from itertools import product
+from operator import is_not
 from pathlib import Path
 
 import numpy as np
@@ -46,15 +47,13 @@ RTOL = {"float64": 1e-10, "float32": 2e-4}
 
 
 def crossed(*options):
-    """Return parameters: each option with the last one of the others, and nightly all of them."""
+    """Return parameters: each option with the last one of the others, and the rest nightly."""
+    last = [values[-1] for values in options]
     return [
         pytest.param(
-            *values,
-            marks=()
-            if sum(value is not last[-1] for value, last in zip(values, options, strict=True)) <= 1
-            else pytest.mark.nightly,
+            *values, marks=() if sum(map(is_not, values, last)) <= 1 else pytest.mark.nightly
         )
-        for values in product(*map(list, options))
+        for values in product(*options)
     ]
 
 
